@@ -1,0 +1,29 @@
+# `make quickstart` and `make test` need only Python 3.12 and a C++ compiler: they create .venv themselves.
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: .venv/installed  ## a whole small run, with or without a GPU: examples/quickstart.sh
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
+
+test: .venv/installed  ## run the tests
+	.venv/bin/python -m pytest
+
+lint: .venv/installed  ## check style
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/installed  ## fix style
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:  ## remove caches and build outputs; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# scripts/setup.sh makes this file last, so an interrupted installation is run again.
+.venv/installed: pyproject.toml constraints.txt scripts/setup.sh
+	@bash scripts/setup.sh

@@ -1,0 +1,116 @@
+"""Pretrain or adapt a RAT+ language model with Megatron: the counterpart of Megatron's pretrain_gpt.py.
+
+    python pretrain_rat.py --rat-preset tiny --data-path DATA --save CHECKPOINTS
+    torchrun --nproc-per-node 8 pretrain_rat.py --rat-preset 1.5b --data-path DATA --save CHECKPOINTS --tensorboard-dir TB
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+
+from rat_megatron.errors import exit_2_on_bad_input
+from rat_megatron.platform.cpu import patch_megatron_for_cpu, use_cpu_if_no_cuda
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists on it with tensor parallelism
+ON_CPU = use_cpu_if_no_cuda()  # before Megatron is imported
+
+import torch  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model  # noqa: E402
+from megatron.training import get_args, get_timers, pretrain  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+from rat_megatron.data.streaming import parse_data_path, train_batches, validation_batches  # noqa: E402
+from rat_megatron.model.builder import rat_model_config_from_args  # noqa: E402
+from rat_megatron.model.core_attention import get_attention_pattern  # noqa: E402
+from rat_megatron.pattern import AttentionPattern  # noqa: E402
+from rat_megatron.training.arguments import parse_arguments  # noqa: E402
+from rat_megatron.training.arl import ReplayIterator  # noqa: E402
+from rat_megatron.training.megatron_hooks import install_hooks  # noqa: E402
+from rat_megatron.training.patterns_eval import RestartableIterator, loss_name  # noqa: E402
+
+
+def data_provider(num_samples: list[int | None], vp_stage: int | None = None):
+    """Iterators of microbatches for training, positioned by the samples consumed so far, and for validation; no test set."""
+    args = get_args()
+    streams = parse_data_path(args.data_path)
+    common = {
+        "seq_length": args.seq_length,
+        "eod_id": args.rat_eod_id,
+        "replication": args.world_size // args.data_parallel_size,
+        "num_workers": args.num_workers,
+        "cache": args.data_cache_path,
+    }
+    train = valid = None
+    if not args.skip_train:
+        batches = train_batches(
+            streams,
+            global_batch_size=args.global_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            seed=args.seed,
+            consumed_samples=args.consumed_train_samples,
+            **common,
+        )
+        train = ReplayIterator(batches)
+    if args.eval_iters:
+        batches = validation_batches(
+            streams,
+            global_batch_size=args.eval_global_batch_size,
+            micro_batch_size=args.eval_micro_batch_size,
+            num_samples=args.eval_iters * args.eval_global_batch_size,
+            **common,
+        )
+        valid = RestartableIterator(batches)
+    return train, valid, None
+
+
+data_provider.is_distributed = True  # every rank reads its own samples; ranks of one model replica read the same
+
+
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The next microbatch on this rank's device: tokens, labels, loss_mask, position_ids [b, s / cp]."""
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def loss_func(loss_mask: torch.Tensor, name: str, output: torch.Tensor):
+    """Summed cross-entropy of the tokens that count, how many they are, and both for the log. output, loss_mask [b, s]."""
+    loss = (output.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=loss, rejection_func=torch.isnan, message="found NaN in local forward loss calculation", tolerance=0.0, fatal=True
+        )
+    return loss, num_tokens, {name: torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel):
+    """One forward pass under the model's current attention pattern, whose loss it names."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    name = loss_name(get_attention_pattern(unwrap_model(model)), AttentionPattern.parse(get_args().rat_pattern))
+    return output, partial(loss_func, batch["loss_mask"], name)
+
+
+def main() -> None:
+    with exit_2_on_bad_input():
+        args = parse_arguments()
+        config = pretrain_cfg_container_from_args(args, rat_model_config_from_args(args))
+        if ON_CPU:
+            patch_megatron_for_cpu()
+        install_hooks(args)
+        alone = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()  # plain python needs no rendezvous
+        pretrain(config, data_provider, ModelType.encoder_or_decoder, forward_step, store=alone)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The command line `rat-megatron`: thin commands, each of which calls one function elsewhere in the package."""

@@ -1,0 +1,216 @@
+"""Reads a Megatron torch_dist checkpoint in one process: its arguments, and its tensors one at a time, without building the model.
+
+The folder is a PyTorch DCP checkpoint (``.metadata`` and ``__*_*.distcp``) whose non-tensor part Megatron stores as the object
+``common_state`` (older versions: the file ``common.pt``). Both pickles are read with a list of allowed classes, so that opening a
+checkpoint never runs code that came with it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from rat_megatron.errors import UserError
+
+# The arguments that say what a checkpoint's weights mean. None of them is filled in later by Megatron's validation.
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "rotary_base",
+    "untie_embeddings_and_output_weights",
+    "rat_recurrence",
+)
+
+_DCP = "torch.distributed.checkpoint."
+_METADATA_CLASSES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    *(
+        (_DCP + "metadata", name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *((_DCP + "filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+    *((_DCP + "planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")),
+}
+
+
+def read_checkpoint_args(checkpoint: Path, step: int | None = None) -> Namespace:
+    """The arguments that a checkpoint was trained with; raises UserError as TorchDistCheckpoint does."""
+    return TorchDistCheckpoint(find_iteration(checkpoint, step)).args()
+
+
+def find_iteration(checkpoint: Path, step: int | None = None) -> Path:
+    """The folder ``iter_0000020`` of one step of a checkpoint (default: the latest), or the given folder if it is one already."""
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is not a folder: give the folder that Megatron's --save wrote")
+    tracker = checkpoint / "latest_checkpointed_iteration.txt"
+    if step is None and (checkpoint / ".metadata").exists():
+        return checkpoint
+    if step is None and not tracker.is_file():
+        raise UserError(f"{checkpoint} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+    latest = tracker.read_text().strip() if step is None else str(step)
+    if not re.fullmatch(r"\d+|release", latest):
+        raise UserError(f"{tracker} says '{latest}', which is neither an iteration nor 'release'")
+    folder = checkpoint / (latest if latest == "release" else f"iter_{int(latest):07d}")
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in checkpoint.glob("iter_*"))) or "none"
+        raise UserError(f"{folder} does not exist (iterations in {checkpoint}: {there})")
+    return folder
+
+
+class TorchDistCheckpoint:
+    """One iteration's folder. ``tensors`` maps every stored tensor's key to its DCP metadata (size, dtype, chunks).
+
+    Raises UserError when the folder is no finished torch_dist checkpoint or its pickles hold classes that are not allowed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        _check_format(folder)
+        self._reader = FileSystemReader(folder)
+        self._metadata = _read_metadata(folder / ".metadata")
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        stored = self._metadata.state_dict_metadata
+        self.tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def args(self) -> Namespace:
+        """Megatron's arguments, as they were when the checkpoint was written."""
+        legacy = self.folder / "common.pt"
+        if legacy.is_file():
+            common = _load_allowed(io.BytesIO(legacy.read_bytes()), legacy)
+        else:
+            key = next((key for key in self._metadata.state_dict_metadata if key.split("/")[0] == "common_state"), None)
+            if key is None:
+                raise UserError(f"{self.folder} has no arguments in it (neither common_state nor common.pt)")
+            destination, at, nothing = _Bytes(), MetadataIndex(key), torch.Size([0])
+            self._read([ReadItem(LoadItemType.BYTE_IO, at, nothing, at, nothing, nothing)], destination)
+            (common,) = _load_allowed(destination.value, self.folder)  # Megatron wraps the object in a list of its shards
+        if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
+            raise UserError(f"{self.folder} has no arguments in it: it was not written by Megatron's training loop")
+        return common["args"]
+
+    def read(self, key: str, index: int | None = None) -> torch.Tensor:
+        """A tensor in full, or its slice at one index of the first axis; only the chunks that hold it are read."""
+        stored = self.tensors[key]
+        offsets, sizes = [0] * len(stored.size), list(stored.size)
+        if index is not None:
+            offsets[0], sizes[0] = index, 1
+        destination = _Tensor(torch.empty(sizes, dtype=stored.properties.dtype))
+        items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))])
+        if sum(item.lengths.numel() for item in items) != destination.value.numel():
+            raise UserError(f"{self.folder} holds only parts of {key}: the checkpoint is damaged")
+        self._read(items, destination)
+        return destination.value if index is None else destination.value[0]
+
+    def _read(self, items: list[ReadItem], destination: DefaultLoadPlanner) -> None:
+        try:
+            self._reader.read_data(LoadPlan(items), destination).wait()
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is missing: the checkpoint is incomplete") from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(f"{self.folder} cannot be read, its files are damaged: {str(error).splitlines()[0]}") from error
+
+
+class _Tensor(DefaultLoadPlanner):
+    """Tells DCP to put what it reads into one tensor."""
+
+    def __init__(self, value: torch.Tensor):
+        super().__init__()
+        self.value = value
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self.value[tuple(slice(at, at + n) for at, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing is left to do: resolve_tensor gave a view."""
+
+
+class _Bytes(DefaultLoadPlanner):
+    """Tells DCP to hand an object over as it is stored, where its own planner would unpickle it."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = io.BytesIO()
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.value = value
+
+
+def _check_format(folder: Path) -> None:
+    try:
+        backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no metadata.json: it is no torch_dist checkpoint, or it was not written to its end") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'metadata.json'} does not say how the checkpoint is stored: it is damaged") from None
+    if backend != "torch_dist":
+        raise UserError(f"{folder} is stored as '{backend}': only checkpoints of --ckpt-format torch_dist can be read")
+    if not (folder / ".metadata").is_file():
+        raise UserError(f"{folder} has no .metadata file: the checkpoint is incomplete")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise _Refused(f"{module}.{name}")
+
+
+class _Refused(Exception):
+    """A class that is not on the list; the message is its name."""
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except _Refused as error:
+        raise _refusal(path, str(error)) from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read, it is damaged: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise UserError(f"{path} holds a {type(metadata).__name__} instead of DCP metadata")
+    return metadata
+
+
+def _load_allowed(data: io.BytesIO, source: Path) -> Any:
+    """torch.load of an object whose classes are torch's safe ones or those that Megatron itself allows in its checkpoints."""
+    from megatron.core.safe_globals import SAFE_GLOBALS  # here because it takes seconds, and --help should not
+
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        try:
+            if refused := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(data)):
+                raise _refusal(source, refused[0])
+            data.seek(0)
+            return torch.load(data, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise UserError(f"the arguments in {source} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _refusal(source: Path, name: str) -> UserError:
+    return UserError(f"{source} holds an object of the class {name}, which is not on the list of those that are safe to load")

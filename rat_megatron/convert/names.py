@@ -1,0 +1,75 @@
+"""The one table of weight names: Megatron's torch_dist checkpoint beside the Hugging Face format, and the layout of fused tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron tensor and the Hugging Face weights it holds.
+
+    ``megatron`` lists the names the tensor may have: with Transformer Engine's fused layers a norm is stored under the projection
+    that follows it. ``hf`` has several names when the tensor is fused. Where ``hf`` says ``{layer}`` there is one tensor a layer,
+    stored either stacked along a first axis of layers or under ``decoder.layers.{layer}.``.
+    """
+
+    hf: tuple[str, ...]
+    megatron: tuple[str, ...]
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.hf[0]
+
+    def find(self, keys: Collection[str], layer: int) -> tuple[str, int | None] | None:
+        """Where among a checkpoint's keys this row's tensor of one layer is: (key, index in the stack or None); None if it is not there."""
+        for name in self.megatron:
+            if name in keys:
+                return name, layer if self.per_layer else None
+            unstacked = name.replace("decoder.layers.", f"decoder.layers.{layer}.")
+            if unstacked in keys:
+                return unstacked, None
+        return None
+
+
+_LAYER, _ATTENTION = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
+
+FUSED_QKV = Row(
+    tuple(f"{_ATTENTION}{name}_proj.weight" for name in ("q", "output_gate", "k", "v", "forget_gate")),
+    ("decoder.layers.self_attention.linear_qkv.weight",),
+)
+
+TABLE = (
+    Row(("model.embed_tokens.weight",), ("embedding.word_embeddings.weight",)),
+    Row(
+        (_LAYER + "input_layernorm.weight",),
+        ("decoder.layers.input_layernorm.weight", "decoder.layers.self_attention.linear_qkv.layer_norm_weight"),
+    ),
+    FUSED_QKV,
+    Row((_ATTENTION + "o_proj.weight",), ("decoder.layers.self_attention.linear_proj.weight",)),
+    Row(
+        (_LAYER + "post_attention_layernorm.weight",),
+        ("decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
+    ),
+    Row((_LAYER + "mlp.up_proj.weight",), ("decoder.layers.mlp.linear_fc1.weight",)),
+    Row((_LAYER + "mlp.down_proj.weight",), ("decoder.layers.mlp.linear_fc2.weight",)),
+    Row(("model.norm.weight",), ("decoder.final_layernorm.weight",)),
+    Row(("lm_head.weight",), ("output_layer.weight",)),
+)
+
+
+def split_fused_qkv(weight: torch.Tensor, num_heads: int, num_groups: int, head_dim: int, recurrence: bool) -> list[torch.Tensor]:
+    """Takes the fused projection [out, h] apart into the weights that FUSED_QKV.hf names, in that order; without recurrence no forget gate.
+
+    Rows lie per query group, groups outermost: ``[q | output gate | k | v | forget gate]``, the first two with the group's heads.
+    Raises ValueError when the rows do not add up.
+    """
+    query = num_heads // num_groups * head_dim
+    widths = [query, query, head_dim, head_dim] + [head_dim] * recurrence
+    if weight.shape[0] != num_groups * sum(widths):
+        raise ValueError(f"the fused projection has {weight.shape[0]} rows, expected {num_groups} groups of {sum(widths)}")
+    groups = weight.unflatten(0, (num_groups, sum(widths)))
+    return [part.flatten(0, 1) for part in groups.split(widths, dim=1)]

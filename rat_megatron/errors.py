@@ -1,0 +1,23 @@
+"""How bad input ends: one sentence on standard error and exit code 2, no stack trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rat_megatron.pattern import PatternError
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The message is one sentence: what is wrong (flag or file) and what to do."""
+
+
+@contextmanager
+def exit_2_on_bad_input() -> Iterator[None]:
+    """Turns a UserError or PatternError into its sentence on standard error and exit code 2."""
+    try:
+        yield
+    except (UserError, PatternError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

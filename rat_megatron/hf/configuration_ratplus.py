@@ -1,0 +1,79 @@
+"""Configuration of a RAT+ model in Hugging Face format (arXiv 2602.18196). Keys are Llama's, plus the recurrence and the pattern."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import PretrainedConfig
+
+from .pattern import AttentionPattern
+
+
+class RatPlusConfig(PretrainedConfig):
+    """What a RAT+ model is made of; the defaults are the 1.5B model of the paper.
+
+    ``use_recurrence`` False is the plain-attention baseline, which has no forget gate. ``attention_pattern`` is one word, such as
+    ``dense``, ``d16w256s4`` or ``[dense,d64]*12``; it is kept in its shortest form. Raises ValueError for sizes that do not fit
+    together and for a pattern that does not parse or does not fit the layers and heads.
+    """
+
+    model_type = "ratplus"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 2048,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        hidden_act: str = "gelu",
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 4096,
+        initializer_range: float = 0.02,
+        use_recurrence: bool = True,
+        attention_pattern: str = "dense",
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.hidden_act = hidden_act
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.use_recurrence = use_recurrence
+        self.use_cache = use_cache
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns channels in pairs")
+        self.attention_pattern = str(self.parse_pattern(attention_pattern))
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+
+    def parse_pattern(self, word: str) -> AttentionPattern:
+        """Reads a pattern word and checks that it fits this model; raises PatternError (a ValueError) otherwise."""
+        pattern = AttentionPattern.parse(word)
+        pattern.check(self.num_hidden_layers, self.num_attention_heads)
+        return pattern

@@ -1,0 +1,87 @@
+"""The core attention of RAT+ layers: dense or under a sparse pattern, switchable between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_pg_rank, unwrap_model
+from torch import Tensor
+
+from rat_megatron.ops.dilated_attention import dilated_attention
+from rat_megatron.pattern import AttentionPattern
+
+
+class RATCoreAttention(MegatronModule):
+    """Causal attention under this layer's pattern; takes the place of Megatron's DotProductAttention.
+
+    ``dense_attention`` builds the module that serves dense patterns (Transformer Engine's, say); without one, the torch operator
+    serves them too. Source: arXiv 2602.18196, dilated attention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        dense_attention: Callable[..., MegatronModule] | None = None,
+    ):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.tp_rank = get_pg_rank(pg_collection.tp) if pg_collection is not None else 0
+        self.dense = None
+        if dense_attention is not None:
+            self.dense = dense_attention(
+                config=config,
+                layer_number=layer_number,
+                attn_mask_type=attn_mask_type,
+                attention_type=attention_type,
+                cp_comm_type=cp_comm_type,
+                softmax_scale=softmax_scale,
+                pg_collection=pg_collection,
+            )
+        self.set_pattern(AttentionPattern.parse(getattr(config, "rat_pattern", "dense")))
+
+    def set_pattern(self, pattern: AttentionPattern) -> None:
+        """Chooses what the queries of the next forward pass see."""
+        self.pattern = pattern.layer(self.layer_number - 1)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [sq, b, np, hn], key and value [sk, b, ng, hn] -> [sq, b, np * hn]. The pattern is the mask: none is taken."""
+        if self.pattern.is_dense and self.dense is not None:
+            return self.dense(query, key, value, attention_mask, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params)
+        heads = query.shape[2]
+        pattern = self.pattern.head_slice(self.tp_rank * heads, heads)
+        return dilated_attention(query, key, value, pattern, self.softmax_scale).flatten(2)  # [sq, b, np, hn] -> [sq, b, np * hn]
+
+
+def set_attention_pattern(model_chunks: Iterable[MegatronModule], pattern: AttentionPattern) -> None:
+    """Switches every layer of a model (all its pipeline chunks on this rank) to a pattern, from the next forward pass on."""
+    for chunk in model_chunks:
+        unwrap_model(chunk).attention_pattern = pattern
+        for module in chunk.modules():
+            if isinstance(module, RATCoreAttention):
+                module.set_pattern(pattern)
+
+
+def get_attention_pattern(model: MegatronModule) -> AttentionPattern:
+    """The pattern that an unwrapped model chunk is switched to."""
+    return getattr(model, "attention_pattern", None) or AttentionPattern.parse(model.config.rat_pattern)

@@ -1,0 +1,56 @@
+"""Megatron-core specs of RAT+ layers and blocks, with Transformer Engine or without.
+
+Megatron's own ``--spec rat_megatron.model.layer_spec get_rat_block_spec`` takes them too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from rat_megatron.model.core_attention import RATCoreAttention
+from rat_megatron.model.norm import RMSNorm
+from rat_megatron.model.rat_attention import RATSelfAttention
+
+
+def get_rat_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """The spec of one RAT+ layer; of the plain-attention baseline where ``config.rat_recurrence`` is False.
+
+    ``config.transformer_impl`` chooses Transformer Engine's modules or Megatron's local ones.
+    """
+    if config.transformer_impl == "transformer_engine":
+        if not HAVE_TE:
+            raise ValueError("transformer_impl is 'transformer_engine', but Transformer Engine is not installed: use 'local'")
+        submodules = get_gpt_layer_with_transformer_engine_submodules()
+        core_attention = partial(RATCoreAttention, dense_attention=TEDotProductAttention)
+    else:
+        submodules = replace(
+            get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm
+        )
+        core_attention = RATCoreAttention
+    attention = replace(submodules.self_attention.submodules, core_attention=core_attention, q_layernorm=None, k_layernorm=None)
+    self_attention = ModuleSpec(
+        module=RATSelfAttention if getattr(config, "rat_recurrence", True) else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=attention,
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=replace(submodules, self_attention=self_attention))
+
+
+def get_rat_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's RAT+ layers and its final norm. ``vp_stage`` is the virtual pipeline chunk, if any."""
+    transformer_config = getattr(config, "transformer", config)  # Megatron's --spec hands over a GPTModelConfig
+    layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
+    norm = TENorm if transformer_config.transformer_impl == "transformer_engine" else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[get_rat_layer_spec(transformer_config)] * layers, layer_norm=norm)

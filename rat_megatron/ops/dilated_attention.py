@@ -1,0 +1,100 @@
+"""Attention over the keys that a pattern keeps: a torch implementation on scaled_dot_product_attention.
+
+Source: RAT+ (arXiv 2602.18196), dilated attention with local window and sinks, and its hybrids over heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from rat_megatron.ops.topk_attention import topk_attention
+from rat_megatron.pattern import HeadPattern, LayerPattern
+
+# Consecutive queries that share one gathered set of keys: fewer waste less on masked keys, more make fewer calls. Measured.
+_BLOCK = 64
+
+
+def dilated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: LayerPattern,
+    softmax_scale: float,
+    q_positions: torch.Tensor | None = None,
+    k_positions: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """Softmax attention in which every query sees the keys that the pattern of its head keeps.
+
+    q: [sq, b, np, hn]; k and v: [sk, b, ng, hn], after RoPE; np is a multiple of ng and head h reads group h // (np // ng).
+    Positions are int64 [sq] and [sk], 0, 1, ... when absent. They may be any subset in any order, as long as every query finds its
+    own position among the keys (and a top-k pattern every position before it too). Returns [sq, b, np, hn] in the type of q. Softmax
+    is fp32 (float64 for float64). Top-k patterns choose blocks as topk_attention says.
+
+    ``implementation`` overrides how positional patterns select keys: "masked" masks all [sq, sk] scores and serves any positions;
+    "kept" gathers the keys seen, at a cost in proportion to them, and is the choice whenever queries and keys are the same tokens
+    in order. Raises ValueError when shapes, pattern and implementation do not fit together.
+    """
+    heads, groups = q.shape[2], k.shape[2]
+    if heads % groups or k.shape != v.shape:
+        raise ValueError(f"{heads} query heads cannot share keys {list(k.shape)} and values {list(v.shape)}")
+    if len(pattern.heads) not in (1, heads):
+        raise ValueError(f"attention pattern '{pattern}' lists {len(pattern.heads)} heads, but the queries have {heads}")
+    in_order = q_positions is None and k_positions is None and q.shape[0] == k.shape[0]
+    if implementation not in (None, "masked", "kept"):
+        raise ValueError(f"implementation is None, 'masked' or 'kept', not {implementation!r}")
+    if implementation == "kept" and not in_order:
+        raise ValueError("implementation 'kept' needs queries and keys of the same tokens, without positions")
+
+    def attend(head: HeadPattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if in_order and not head.blocks and implementation != "masked":
+            if head.is_dense and implementation is None:
+                return _sdpa(q, k, v, softmax_scale, is_causal=True)
+            return _kept_attention(q, k, v, head, softmax_scale)
+        q_at = torch.arange(q.shape[2], device=q.device) if q_positions is None else q_positions
+        k_at = torch.arange(k.shape[2], device=k.device) if k_positions is None else k_positions
+        if head.blocks:
+            return topk_attention(q, k, v, head, softmax_scale, q_at, k_at)
+        return _sdpa(q, k, v, softmax_scale, attn_mask=head.mask(q_at[:, None], k_at))
+
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, heads, hn] -> [b, heads, s, hn]
+    if pattern.is_uniform:
+        out = attend(pattern.heads[0], q, k, v)
+    else:
+        outputs, order = [], []
+        for head in dict.fromkeys(pattern.heads):
+            members = [h for h in range(heads) if pattern.heads[h] == head]
+            shared = [h // (heads // groups) for h in members]
+            outputs.append(attend(head, q[:, members], k[:, shared], v[:, shared]))
+            order += members
+        out = torch.cat(outputs, dim=1)[:, sorted(range(heads), key=order.__getitem__)]
+    return out.permute(2, 0, 1, 3)
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, **mask) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1], **mask)
+
+
+def _kept_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
+    """Attention without [s, s] scores or mask. q [b, np, s, hn], k and v [b, ng, s, hn]; returns [b, np, s, hn].
+
+    Every block of queries runs one softmax over two sets of keys: the blocks that its window reaches, in full, and before them only
+    the dilated and sink keys. The exact mask over this short list of keys decides.
+    """
+    at = torch.arange(q.shape[2])
+    kept_at = HeadPattern(head.dilation, sinks=head.sinks).kept_positions(q.shape[2])
+    kept_k, kept_v = (x[:, :, kept_at.to(x.device)] for x in (k, v))
+    # Blocks come from one split, so that backward writes every gradient once, not a full-length one for every block.
+    blocks_k, blocks_v, blocks_at = k.split(_BLOCK, dim=2), v.split(_BLOCK, dim=2), at.split(_BLOCK)
+    reach = -(-head.window // _BLOCK)
+
+    outputs = []
+    for i, q_block in enumerate(q.split(_BLOCK, dim=2)):
+        local = slice(max(0, i - reach), i + 1)
+        old = int(torch.searchsorted(kept_at, local.start * _BLOCK))
+        keys = torch.cat([kept_k[:, :, :old], *blocks_k[local]], dim=2)
+        values = torch.cat([kept_v[:, :, :old], *blocks_v[local]], dim=2)
+        mask = head.mask(blocks_at[i][:, None], torch.cat([kept_at[:old], *blocks_at[local]]))
+        outputs.append(_sdpa(q_block, keys, values, softmax_scale, attn_mask=mask.to(q.device)))
+    return torch.cat(outputs, dim=2)

@@ -1,0 +1,139 @@
+"""Lets Megatron run on a machine without CUDA: the same loop, optimizer and checkpoints, over gloo, on the CPU.
+
+It is how a newcomer tries rat-megatron and how its parallelism is tested. Megatron names CUDA devices, streams and random states in
+plain words all over; here those words are given a CPU meaning. Nothing of this runs where a CUDA device is present.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import multiprocessing
+import os
+import warnings
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def use_cpu_if_no_cuda() -> bool:
+    """Turns the CPU platform on unless CUDA is present; call before Megatron is imported. Returns whether it is on."""
+    if torch.cuda.is_available():
+        return False
+    if not getattr(torch.cuda, "_rat_cpu_platform", False):
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's fusers would otherwise compile for minutes
+        importlib.import_module("torch._dynamo")  # it lists torch's functions when imported, and stumbles over replaced ones
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine)")  # neither runs without CUDA
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+        _replace_cuda_functions()
+        _CudaWordsMeanCpu().__enter__()
+        torch.cuda._rat_cpu_platform = True
+        if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+            print("rat-megatron: no CUDA device here, running on the CPU over gloo", flush=True)
+    return True
+
+
+def patch_megatron_for_cpu() -> None:
+    """Lifts the few places where Megatron insists on CUDA; call after use_cpu_if_no_cuda() returned True."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+    import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.training.training as megatron_training
+
+    # initialize_megatron asserts torch.cuda.is_available() unless told otherwise.
+    megatron_training.initialize_megatron = functools.partial(megatron_training.initialize_megatron, allow_no_cuda=True)
+    # torch queues these calls until CUDA comes up, which is never.
+    megatron_random._lazy_call = lambda call: call()
+    megatron_random._lazy_init = lambda: None
+    # Checkpoint writers are spawned to keep clear of CUDA, and import the whole program anew; without CUDA a fork does.
+    filesystem_async.get_write_results_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
+
+
+def _is_cuda(device: Any) -> bool:
+    """Whether a value given as a device means CUDA: "cuda", "cuda:1", torch.device("cuda") or an index."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, int) and not isinstance(device, bool))
+
+
+class _CudaWordsMeanCpu(TorchFunctionMode):
+    """Rewrites device arguments that mean CUDA, and makes moves to the device the identity."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizer sorts parameters by the names of CUDA tensor types.
+            return func(args[0]).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """A stream or event that does nothing: on the CPU everything has already happened."""
+
+    cuda_stream = 0
+    priority = 0
+    device = torch.device("cpu")
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+def _replace_cuda_functions() -> None:
+    cuda = torch.cuda
+    stream = _NoStream()
+
+    cuda.current_device = lambda: 0
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda.get_device_name = lambda device=None: "cpu"
+    cuda.get_device_capability = lambda device=None: (0, 0)
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        name="cpu", total_memory=0, major=0, minor=0, multi_processor_count=os.cpu_count()
+    )
+
+    # The CPU's own generator stands for the device's.
+    cuda.default_generators = (torch.default_generator,)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.set_device = cuda.set_stream = cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.device = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+
+    for query in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved", "device_memory_used"):
+        setattr(cuda, query, lambda device=None: 0)
+    cuda.reset_peak_memory_stats = lambda device=None: None
+    cuda.memory_stats = lambda device=None: defaultdict(int)

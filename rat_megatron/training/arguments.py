@@ -1,0 +1,207 @@
+"""The command line of pretrain_rat.py: every Megatron flag, the ``--rat-*`` ones, presets, and checks that end early.
+
+Defaults come in layers, later ones winning: Megatron's, the RAT+ model's, the machine's, the preset's, what follows from the data,
+the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training.arguments import parse_and_validate_args, parse_args
+
+from rat_megatron.convert.checkpoint import ARCHITECTURE, read_checkpoint_args
+from rat_megatron.data.streaming import check_streams, parse_data_path
+from rat_megatron.errors import UserError
+from rat_megatron.pattern import AttentionPattern
+from rat_megatron.training import presets
+
+_INTERVALS: dict[str, Any] = {"eval_interval": 1000, "save_interval": 1000}  # Megatron has none, and fails without
+_CHECKPOINTING: dict[str, Any] = {
+    "ckpt_format": "torch_dist",
+    "dist_ckpt_optim_fully_reshardable": True,  # Megatron's own default cannot resume the optimizer at another TP or PP
+}
+_DATA: dict[str, Any] = {
+    "dataloader_type": "external",
+    "tokenizer_type": "NullTokenizer",  # the data are tokens already
+    "split": "1",  # unused: a stream carries its own validation split
+    "use_tp_pp_dp_mapping": True,  # ranks that share samples are then neighbours, as StreamingDataset's replication needs
+}
+
+
+def parse_arguments() -> Namespace:
+    """Reads, completes and checks the command line, and sets Megatron's globals; raises UserError or PatternError."""
+    try:
+        given = parse_args(_add_rat_args)
+        return parse_and_validate_args(partial(_add_rat_args, derived=_check_and_derive(given)))
+    except AssertionError as error:  # how Megatron refuses arguments
+        raise UserError(str(error) or "Megatron refuses this combination of arguments") from error
+
+
+def _add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    group = parser.add_argument_group(title="rat")
+    group.add_argument("--rat-pattern", default="dense", help="Attention pattern to train: dense, d16, d16w256s4, [dense,d64]*12, ...")
+    group.add_argument(
+        "--rat-arl-pattern",
+        help="Pattern of the sparse step of active recurrence learning, or 'none'. Default: d64, and none with --pretrained-checkpoint.",
+    )
+    group.add_argument(
+        "--no-rat-recurrence", action="store_false", dest="rat_recurrence", help="Train the plain-attention baseline: no recurrence."
+    )
+    group.add_argument("--rat-eval-patterns", nargs="+", help="Patterns whose validation loss is reported. Default: --rat-pattern.")
+    group.add_argument("--rat-preset", choices=list(presets.PRETRAIN), help="Fills every flag that is not given with the paper's recipe.")
+
+    parser.error = _refuse
+    parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
+    if preset := _given("--rat-preset"):
+        recipes = presets.ADAPT if _given("--pretrained-checkpoint") else presets.PRETRAIN
+        parser.set_defaults(**recipes.get(preset, {}))
+    parser.set_defaults(**(derived or {}))
+    return parser
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _given(flag: str) -> str | None:
+    """The value of a flag as typed, before parsing; None when it was not."""
+    for index, word in enumerate(sys.argv[1:], start=1):
+        if word == flag and index + 1 < len(sys.argv):
+            return sys.argv[index + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _platform_defaults() -> dict[str, Any]:
+    """What this machine can do: Transformer Engine on a GPU that has it, Megatron's local layers elsewhere."""
+    if torch.cuda.is_available() and HAVE_TE:
+        return {}
+    defaults = {
+        "transformer_impl": "local",
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "no_persist_layer_norm": True,
+    }
+    return defaults if torch.cuda.is_available() else defaults | {"distributed_backend": "gloo", "bias_dropout_fusion": False}
+
+
+def _check_and_derive(args: Namespace) -> dict[str, Any]:
+    """Checks the command line against the model, the machine, the data and the checkpoint; returns the defaults that follow."""
+    _check_complete(args)
+    _check_features(args)
+    _check_layout(args)
+    derived = _check_patterns(args) | _check_data(args)
+    derived |= {"load": args.load or args.save, "max_position_embeddings": args.max_position_embeddings or args.seq_length}
+    _check_checkpoints(args, derived)
+    return derived
+
+
+def _check_complete(args: Namespace) -> None:
+    for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"):
+        if getattr(args, flag) is None and not (flag == "train_iters" and args.train_samples):
+            raise UserError(f"--{flag.replace('_', '-')} is missing: give it, or a --rat-preset ({', '.join(presets.PRETRAIN)})")
+
+
+def _check_features(args: Namespace) -> None:
+    cuda = torch.cuda.is_available()
+    if (args.fp8 or args.fp4) and not (cuda and HAVE_TE):
+        raise UserError("--fp8-format and --fp4-format need a GPU with Transformer Engine: leave them out on this machine")
+    if args.transformer_impl == "transformer_engine" and not (cuda and HAVE_TE):
+        raise UserError("--transformer-impl transformer_engine needs a GPU with Transformer Engine: use --transformer-impl local here")
+    refused = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--num-experts": args.num_experts,
+        "--mtp-num-layers": args.mtp_num_layers,
+        "--swiglu": args.swiglu,
+        "--window-size": args.window_size,
+    }
+    for flag, value in refused.items():
+        if value:
+            raise UserError(f"{flag} is not part of a RAT+ layer: leave it out")
+    if args.rampup_batch_size or args.step_batch_size_schedule:
+        raise UserError("--rampup-batch-size and --step-batch-size-schedule would move the data: RAT+ trains with a fixed --global-batch-size")
+    if args.dataloader_type != "external" or args.mock_data:
+        raise UserError("RAT+ reads MDS streams: give --data-path and leave out --dataloader-type and --mock-data")
+
+
+def _check_layout(args: Namespace) -> None:
+    tp = args.tensor_model_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.num_attention_heads % groups:
+        raise UserError(f"--num-query-groups {groups} does not divide --num-attention-heads {args.num_attention_heads}")
+    if groups % tp:
+        raise UserError(f"--tensor-model-parallel-size {tp} does not divide the {groups} query groups: choose a divisor of {groups}")
+    if args.hidden_size % args.num_attention_heads and args.kv_channels is None:
+        raise UserError(f"--num-attention-heads {args.num_attention_heads} does not divide --hidden-size {args.hidden_size}")
+    if args.context_parallel_size > 1:
+        raise UserError("--context-parallel-size above 1 is not supported yet: use tensor, pipeline or data parallelism")
+    if args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank:
+        raise UserError("virtual pipeline stages are not supported yet: leave the flag out")
+
+
+def _check_patterns(args: Namespace) -> dict[str, Any]:
+    """Every pattern fits the model; words are brought to their shortest form."""
+    arl = args.rat_arl_pattern or ("none" if args.pretrained_checkpoint else "d64")
+
+    def shortest(word: str) -> str:
+        pattern = AttentionPattern.parse(word)
+        pattern.check(args.num_layers, args.num_attention_heads)
+        return str(pattern)
+
+    target = shortest(args.rat_pattern)
+    return {
+        "rat_pattern": target,
+        "rat_arl_pattern": arl if arl == "none" else shortest(arl),
+        "rat_eval_patterns": [shortest(word) for word in args.rat_eval_patterns or [target]],
+    }
+
+
+def _check_data(args: Namespace) -> dict[str, Any]:
+    """The streams are whole and fit the model; vocabulary, EOD and tokenizer follow from them."""
+    if not args.data_path:
+        raise UserError("--data-path is missing: give one or more folders written by 'rat-megatron prepare', with weights if wanted")
+    vocab_size = args.vocab_size if _given("--vocab-size") else None
+    meta = check_streams(
+        parse_data_path(args.data_path), seq_length=args.seq_length, vocab_size=vocab_size, cache=args.data_cache_path
+    )
+    if not meta.has_validation and args.eval_iters:
+        raise UserError("the data of --data-path has no validation split: give --eval-iters 0, or prepare it with --val-fraction")
+    return {
+        "vocab_size": vocab_size or meta.vocab_size,
+        "rat_eod_id": meta.eod_id,
+        "rat_tokenizer_path": meta.tokenizer_path,
+    }
+
+
+def _check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
+    """The checkpoint that the run starts from is there and holds this architecture."""
+    if args.load and args.load != args.save and not _has_checkpoint(args.load):
+        raise UserError(f"--load {args.load} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+    if args.pretrained_checkpoint and not _has_checkpoint(args.pretrained_checkpoint):
+        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+    resumed = derived["load"] if derived["load"] and _has_checkpoint(derived["load"]) else None
+    source = resumed or args.pretrained_checkpoint
+    if source is None:
+        return
+    saved = read_checkpoint_args(Path(source))
+    asked = Namespace(**vars(args) | derived)
+    for name in ARCHITECTURE:
+        if getattr(saved, name, None) != getattr(asked, name, None):
+            raise UserError(
+                f"the checkpoint in {source} has {name}={getattr(saved, name, None)}, this run asks for {getattr(asked, name, None)}: "
+                "give the flags of the checkpoint, or another folder"
+            )
+
+
+def _has_checkpoint(folder: str) -> bool:
+    return (Path(folder) / "latest_checkpointed_iteration.txt").is_file()

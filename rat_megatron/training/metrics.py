@@ -1,0 +1,75 @@
+"""What a run measures, kept in ``report.json`` beside its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import mpu
+from megatron.training.global_vars import get_args
+
+REPORT_NAME = "report.json"
+
+
+class RunReport:
+    """The latest validation loss of every pattern and the training speed.
+
+    ``report.json`` holds ``{"iteration", "consumed_samples", "pattern", "recurrence", "patterns": {word: validation loss},
+    "tokens_per_second"}``. The speed is that of the median of the last 100 iterations; each token of a batch counts once, also where
+    active recurrence learning uses it twice; it is null where nothing was trained.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+        self._losses: dict[str, float] = {}
+        self._seconds: deque[float] = deque(maxlen=100)
+        self.iteration = 0
+
+    def add_loss(self, pattern: str, loss: float) -> None:
+        """Notes one pattern's validation loss and writes the report."""
+        self._losses[pattern] = loss
+        if self._folder is not None and _holds_losses():
+            self._write()
+
+    def timed(self, train_step: Callable) -> Callable:
+        """Wraps ``train_step`` so that its duration is noted. Megatron waits for the device at the end of each step."""
+
+        def step(*args, **kwargs):
+            start = time.perf_counter()
+            result = train_step(*args, **kwargs)
+            self._seconds.append(time.perf_counter() - start)
+            return result
+
+        return step
+
+    def _write(self) -> None:
+        args = get_args()
+        tokens = args.global_batch_size * args.seq_length
+        content = {
+            "iteration": self.iteration,
+            "consumed_samples": args.consumed_train_samples,
+            "pattern": args.rat_pattern,
+            "recurrence": args.rat_recurrence,
+            "patterns": self._losses,
+            "tokens_per_second": tokens / statistics.median(self._seconds) if self._seconds else None,
+        }
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / REPORT_NAME
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, path)
+
+
+def _holds_losses() -> bool:
+    """One rank of those on the last pipeline stage, where the losses are."""
+    return not torch.distributed.is_initialized() or (
+        mpu.is_pipeline_last_stage()
+        and mpu.get_tensor_model_parallel_rank() == 0
+        and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    )

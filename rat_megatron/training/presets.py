@@ -1,0 +1,90 @@
+"""The recipes of the RAT+ paper (arXiv 2602.18196) as values of Megatron's arguments.
+
+A preset fills the flags that were not given on the command line. ``PRETRAIN`` and ``ADAPT`` differ in batch, steps and learning rate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What makes a model RAT+, whatever its size. Parameter names are Megatron's argument destinations.
+MODEL: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-6,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000,
+    "add_bias_linear": False,
+    "attention_output_gate": True,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "init_method_std": 0.02,
+    "bias_gelu_fusion": False,  # Megatron's fused GELU is the tanh approximation; RAT+ uses the exact one
+}
+
+_RECIPE: dict[str, Any] = {
+    "optimizer": "adam",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "lr_decay_style": "cosine",
+    "min_lr": 1e-6,
+    "seed": 1005,
+}
+
+
+def _large(num_layers: int, hidden_size: int, num_attention_heads: int, micro_batch_size: int) -> dict[str, Any]:
+    return _RECIPE | {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "ffn_hidden_size": 4 * hidden_size,
+        "seq_length": 4096,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32000,
+        "micro_batch_size": micro_batch_size,
+        "bf16": True,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+        "log_interval": 10,
+        "log_throughput": True,
+        "save_interval": 500,
+        "eval_interval": 1000,
+    }
+
+
+_TINY = _RECIPE | {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 512,
+    "seq_length": 256,
+    "max_position_embeddings": 256,
+    "vocab_size": 4096,
+    "micro_batch_size": 8,
+    "global_batch_size": 16,
+    "log_interval": 10,
+    "save_interval": 100,
+    "eval_interval": 100,
+    "eval_iters": 8,
+}
+_1_5B = _large(24, 2048, 16, micro_batch_size=2)
+_2_6B = _large(28, 2560, 20, micro_batch_size=1)
+_7_6B = _large(32, 4096, 32, micro_batch_size=1)
+
+# eval_iters: validation on 524M tokens, the whole of the paper's held-out set.
+PRETRAIN: dict[str, dict[str, Any]] = {
+    "tiny": _TINY | {"lr": 2e-3, "train_iters": 200, "lr_warmup_iters": 10},
+    "1.5b": _1_5B | {"global_batch_size": 512, "lr": 8e-4, "train_iters": 52452, "lr_warmup_iters": 2622, "eval_iters": 250},
+    "2.6b": _2_6B | {"global_batch_size": 640, "lr": 7e-4, "train_iters": 41961, "lr_warmup_iters": 2098, "eval_iters": 200},
+    "7.6b": _7_6B | {"global_batch_size": 768, "lr": 6e-4, "train_iters": 34968, "lr_warmup_iters": 1748, "eval_iters": 166},
+}
+
+ADAPT: dict[str, dict[str, Any]] = {
+    "tiny": _TINY | {"lr": 5e-4, "train_iters": 40},
+    "1.5b": _1_5B | {"global_batch_size": 512, "lr": 8e-5, "train_iters": 476, "eval_iters": 250},
+    "2.6b": _2_6B | {"global_batch_size": 640, "lr": 7e-5, "train_iters": 381, "eval_iters": 200},
+    "7.6b": _7_6B | {"global_batch_size": 768, "lr": 2e-5, "train_iters": 317, "lr_warmup_fraction": 0.02, "eval_iters": 166},
+}

@@ -1,0 +1,93 @@
+"""Active recurrence learning against a plain PyTorch loop, with the model of the Hugging Face format as the plain model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import SEQ_LENGTH, tensorboard_scalars
+
+from rat_megatron.convert.to_hf import convert_to_hf
+from rat_megatron.data.streaming import parse_data_path, train_batches
+from rat_megatron.hf import RatPlusForCausalLM
+from rat_megatron.training.arl import ReplayIterator
+
+
+def test_replay_gives_the_same_items_again_then_goes_on():
+    iterator = ReplayIterator(iter(range(10)))
+    assert next(iterator) == 0
+    iterator.mark()
+    assert [next(iterator) for _ in range(3)] == [1, 2, 3]
+    iterator.rewind()
+    assert [next(iterator) for _ in range(4)] == [1, 2, 3, 4]
+    iterator.mark()
+    assert next(iterator) == 5
+    iterator.rewind()
+    iterator.mark()
+    assert [next(iterator) for _ in range(2)] == [5, 6]
+
+
+@pytest.fixture(scope="module")
+def plain_run(one_iteration, tiny_data, tmp_path_factory):
+    """The run of the fixture arl_run, written out: returns its model after 20 iterations and what it logged."""
+    torch.set_num_threads(1)
+    convert_to_hf(one_iteration, tmp_path_factory.mktemp("start") / "hf")
+    model = RatPlusForCausalLM.from_pretrained(tmp_path_factory.getbasetemp() / "start0" / "hf", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    batches = train_batches(
+        parse_data_path([str(tiny_data)]), global_batch_size=4, micro_batch_size=2, seq_length=SEQ_LENGTH, eod_id=0, seed=1234, num_workers=0
+    )
+    logged = {"lm loss": [], "lm loss d8": [], "grad-norm": [], "grad norm d8": [], "learning-rate": []}
+    for iteration in range(1, 21):
+        # Megatron steps the schedule after the update: the first iteration's rate is that of step 1.
+        rate = _learning_rate(iteration - 1)
+        microbatches = [next(batches) for _ in range(2)]
+        for pattern, suffix, norm_name in (("d8", " d8", "grad norm d8"), ("dense", "", "grad-norm")):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            model.set_attention_pattern(pattern)
+            optimizer.zero_grad()
+            losses = []
+            for batch in microbatches:
+                logits = model(batch["tokens"]).logits
+                tokens = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+                mask = batch["loss_mask"].flatten()
+                losses.append(((tokens * mask).sum(), mask.sum()))
+                (losses[-1][0] / losses[-1][1] / len(microbatches)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            logged["lm loss" + suffix].append(float(sum(loss for loss, _ in losses) / sum(count for _, count in losses)))
+            logged[norm_name].append(float(norm))
+        logged["learning-rate"].append(_learning_rate(iteration))
+    return model, logged
+
+
+def _learning_rate(step: int, peak=1e-2, lowest=1e-4, warmup=4, steps=20) -> float:
+    if step <= warmup:
+        return peak * step / warmup
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def test_losses_gradient_norms_and_learning_rate_equal_those_of_a_plain_loop(arl_run, plain_run):
+    scalars = tensorboard_scalars(arl_run / "tensorboard")
+    for name, expected in plain_run[1].items():
+        assert list(scalars[name]) == list(range(1, 21)), name
+        torch.testing.assert_close(list(scalars[name].values()), expected, rtol=2e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_weights_equal_those_of_a_plain_loop(arl_run, plain_run, one_iteration, tmp_path):
+    convert_to_hf(arl_run / "checkpoints", tmp_path / "hf")
+    trained = RatPlusForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).state_dict()
+    convert_to_hf(one_iteration, tmp_path / "start")
+    start = RatPlusForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32).state_dict()
+    for name, expected in plain_run[0].state_dict().items():
+        moved = (expected - start[name]).norm()
+        assert moved > 0, name
+        assert (trained[name] - expected).norm() < 1e-2 * moved, name
+
+
+def test_log_line_carries_both_losses_and_gradient_norms(arl_run):
+    line = next(line for line in (arl_run / "log.txt").read_text().splitlines() if "iteration       20/" in line)
+    for part in ("lm loss:", "lm loss d8:", "grad norm:", "grad norm d8:"):
+        assert part in line, line

@@ -1,0 +1,106 @@
+"""Megatron must still look as our patches suppose: each test here names what to look at again when it fails."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("megatron_process")
+
+
+def _source(function) -> str:
+    return inspect.getsource(inspect.unwrap(function))
+
+
+def test_train_calls_the_global_train_step_and_unpacks_eight_values():
+    from megatron.training import training
+
+    parameters = "forward_step_func data_iterator model optimizer opt_param_scheduler config forward_backward_func iteration".split()
+    assert list(inspect.signature(training.train_step).parameters)[:8] == parameters
+    assert ") = train_step(\n" in _source(training.train)
+    returned = "return {}, skipped_iter, should_checkpoint, should_exit, exit_code, grad_norm, num_zeros_in_grad, log_max_attention_logit"
+    assert returned in _source(training.train_step)
+    assert "opt_param_scheduler.step(increment=increment)" in _source(training.train_step)
+
+
+def test_evaluation_and_flops_go_through_globals_of_training():
+    from megatron.training import training
+
+    parameters = list(inspect.signature(training.evaluate_and_print_results).parameters)
+    assert parameters[:5] == ["prefix", "forward_step_func", "data_iterator", "model", "iteration"]
+    assert "total_loss_dict, collected_non_loss_data, timelimit = evaluate(" in _source(training.evaluate_and_print_results)
+    for caller in (training.train, training.pretrain):
+        assert "evaluate_and_print_results(" in _source(caller)
+    assert list(inspect.signature(training.num_floating_point_operations).parameters)[:2] == ["args", "batch_size"]
+    assert "num_floating_point_operations(" in _source(training.training_log) and "num_floating_point_operations(" in _source(training.train)
+
+
+def test_checkpoint_tracker_is_written_through_the_module_global():
+    from megatron.training import checkpointing, training
+
+    assert "with maybe_msc.open(tracker_filename, 'w') as f:" in _source(checkpointing.save_checkpoint)
+    assert list(inspect.signature(training.save_checkpoint_and_time).parameters)[0] == "iteration"
+
+
+def test_tracker_is_replaced_whole_or_left_alone(tmp_path):
+    from rat_megatron.training.megatron_hooks import _AtomicTracker
+
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("10")
+    with _AtomicTracker().open(str(tracker), "w") as file:
+        file.write("20")
+        file.flush()
+        assert tracker.read_text() == "10"
+    assert tracker.read_text() == "20"
+    with pytest.raises(KeyboardInterrupt), _AtomicTracker().open(str(tracker), "w") as file:
+        file.write("30")
+        raise KeyboardInterrupt
+    assert tracker.read_text() == "20"
+
+
+def test_every_parameter_is_decayed():
+    from megatron.training.training import get_megatron_optimizer_config
+
+    from rat_megatron.training.megatron_hooks import _decay_every_parameter
+
+    args = Namespace(lr=1e-3, weight_decay=0.1)
+    assert [override["wd_mult"] for override in get_megatron_optimizer_config(args)[1].values()] == [0.0]  # what we take away
+    assert _decay_every_parameter(get_megatron_optimizer_config)(args)[1] == {}
+
+
+def test_compile_dependencies_still_runs_make():
+    from megatron.training import initialize
+
+    assert "compile_helpers()" in _source(initialize._compile_dependencies)
+    assert "_compile_dependencies()" in _source(initialize.initialize_megatron)
+
+
+def test_cpu_platform_gives_cuda_words_a_meaning():
+    if torch.cuda.is_available():
+        pytest.skip("the CPU platform is off where a CUDA device is present")
+    tensor = torch.ones(2, device="cuda").cuda().to("cuda").to(torch.device("cuda", 0))
+    assert tensor.device.type == "cpu" and tensor.type() == "torch.cuda.FloatTensor" and torch.cuda.current_device() == 0
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(first, torch.rand(4)) and not torch.cuda.is_available()
+
+
+def test_report_keeps_what_was_measured(tmp_path, monkeypatch):
+    from rat_megatron.training import metrics
+
+    args = Namespace(global_batch_size=4, seq_length=8, consumed_train_samples=12, rat_pattern="d16", rat_recurrence=True)
+    monkeypatch.setattr(metrics, "get_args", lambda: args)
+    report = metrics.RunReport(tmp_path / "run")
+    report.iteration = 3
+    report.add_loss("d16", 2.5)
+    content = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert content["patterns"] == {"d16": 2.5} and content["iteration"] == 3 and content["tokens_per_second"] is None
+    assert report.timed(lambda value: value + 1)(1) == 2
+    report.add_loss("dense", 2.0)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["tokens_per_second"] > 0

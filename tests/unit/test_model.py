@@ -1,0 +1,183 @@
+"""The RAT+ layer inside Megatron's GPTModel against the float64 definition, and what the specs promise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from reference import model as reference_model
+from reference import sees
+
+from rat_megatron.convert.names import FUSED_QKV, TABLE, split_fused_qkv
+from rat_megatron.pattern import AttentionPattern, PatternError
+
+pytestmark = pytest.mark.usefixtures("megatron_process")
+
+VOCAB, LENGTH, LAYERS, HEADS = 64, 40, 3, 4
+
+
+def build(recurrence=True, groups=HEADS, tied=True, pattern="dense", **kwargs):
+    """A GPTModel with RAT+ layers and random weights, norms included."""
+    from megatron.core.models.gpt import GPTModel
+
+    from rat_megatron.model.config import RATTransformerConfig
+    from rat_megatron.model.layer_spec import get_rat_block_spec
+
+    config = RATTransformerConfig(
+        num_layers=LAYERS, hidden_size=32, num_attention_heads=HEADS, num_query_groups=groups, ffn_hidden_size=96, normalization="RMSNorm",
+        layernorm_epsilon=1e-6, add_bias_linear=False, rat_recurrence=recurrence, rat_pattern=pattern, transformer_impl="local",
+        attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, **kwargs,
+    )  # fmt: skip
+    model = GPTModel(
+        config, get_rat_block_spec(config), VOCAB, 64, position_embedding_type="rope", share_embeddings_and_output_weights=tied
+    )
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        scale, shift = (0.2, 1.0) if "norm" in name else (0.3, 0.0)
+        parameter.data = shift + scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def by_hf_name(model, groups=HEADS, recurrence=True, of=lambda parameter: parameter.detach()) -> dict[str, torch.Tensor]:
+    """The model's parameters (or what ``of`` takes of them) under the names of the Hugging Face format, fused ones apart."""
+    tensors, named = {}, dict(model.named_parameters())
+    for row in TABLE:
+        for layer in range(LAYERS if row.per_layer else 1):
+            if found := row.find(named, layer):
+                tensor = of(named.pop(found[0]))
+                parts = split_fused_qkv(tensor, HEADS, groups, 8, recurrence) if row is FUSED_QKV else [tensor]
+                tensors |= {name.format(layer=layer): part for name, part in zip(row.hf, parts, strict=False)}
+    assert not named, f"parameters without a name in the table: {list(named)}"
+    return tensors
+
+
+def visible_by(word: str):
+    """visible(layer, head, t, j) of a pattern of positions, from the definition."""
+    pattern = AttentionPattern.parse(word)
+
+    def visible(layer, head, t, j):
+        heads = pattern.layer(layer).heads
+        one = heads[head % len(heads)]
+        return sees(t, j, one.dilation, one.window, one.sinks)
+
+    return visible
+
+
+def set_attention_pattern(chunks, pattern):
+    from rat_megatron.model import core_attention  # Megatron is imported once the fixture has prepared the machine
+
+    core_attention.set_attention_pattern(chunks, pattern)
+
+
+def logits_of(model, tokens):
+    """[b, s, vocab], attention under the pattern the model is switched to."""
+    return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+
+
+def relative(actual, expected) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+PATTERNS = ["dense", "d4", "d8w5s2", "w6s3", "[dense,d16,d4w4]", "{dense*2,d8,d4w2s1}"]
+
+
+@pytest.mark.parametrize("word", PATTERNS)
+@pytest.mark.parametrize("groups, tied", [(HEADS, True), (2, False)])
+def test_logits_and_gradients_equal_the_definition(word, groups, tied):
+    model = build(groups=groups, tied=tied)
+    set_attention_pattern([model], AttentionPattern.parse(word))
+    tokens = torch.randint(0, VOCAB, (2, LENGTH))
+    weights = {name: tensor.double().requires_grad_() for name, tensor in by_hf_name(model, groups).items()}
+    expected = reference_model(weights, tokens, HEADS, groups, visible_by(word))
+    actual = logits_of(model, tokens)
+    assert relative(actual.detach(), expected.detach()) < 1e-5
+
+    direction = torch.randn_like(actual)
+    actual.backward(direction)
+    expected.backward(direction.double())
+    gradients = by_hf_name(model, groups, of=lambda parameter: parameter.grad)
+    assert gradients.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert relative(gradients[name], weight.grad) < 1e-4, name
+
+
+def test_baseline_is_the_same_block_without_recurrence():
+    model = build(recurrence=False)
+    tokens = torch.randint(0, VOCAB, (2, LENGTH))
+    weights = by_hf_name(model, recurrence=False)
+    assert not any("forget_gate" in name for name in weights) and any("output_gate" in name for name in weights)
+    expected = reference_model(weights, tokens, HEADS, HEADS, visible_by("dense"))
+    assert relative(logits_of(model, tokens).detach(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("word", [*PATTERNS, "d8k2", "d8k3+d"])
+def test_a_changed_token_changes_no_earlier_logit(word):
+    model = build(pattern=word)
+    tokens = torch.randint(0, VOCAB, (1, LENGTH))
+    changed = tokens.clone()
+    changed[0, 23] = (changed[0, 23] + 1) % VOCAB
+    before, after = (logits_of(model, t).detach() for t in (tokens, changed))
+    assert torch.equal(before[:, :23], after[:, :23])
+    assert not torch.isclose(before[:, 23], after[:, 23]).all()
+    assert not torch.isclose(before[:, -1], after[:, -1]).all()  # the recurrence, at least, carries it to the end
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64])
+def test_any_length_down_to_one_token(length):
+    model = build(pattern="d16w2s1")
+    tokens = torch.randint(0, VOCAB, (2, length))
+    expected = reference_model(by_hf_name(model), tokens, HEADS, HEADS, visible_by("d16w2s1"))
+    assert relative(logits_of(model, tokens).detach(), expected) < 1e-5
+
+
+def test_gelu_is_exact_and_matrices_start_alike():
+    from megatron.core.models.gpt import GPTModel
+
+    from rat_megatron.model.layer_spec import get_rat_block_spec
+
+    config = build().config
+    assert config.activation_func is torch.nn.functional.gelu and not config.bias_activation_fusion
+    fresh = GPTModel(config, get_rat_block_spec(config), 4096, 64, position_embedding_type="rope", share_embeddings_and_output_weights=True)
+    for name, parameter in fresh.named_parameters():
+        if parameter.dim() == 2:
+            assert abs(parameter.std().item() / 0.02 - 1) < 0.1, name  # the output projections too: no scaling with depth
+        else:
+            assert (parameter == 1).all(), name
+
+
+def test_the_pattern_must_fit_the_model():
+    with pytest.raises(PatternError, match="lists 2 layers, but the model has 3"):
+        build(pattern="[dense,d16]")
+    with pytest.raises(PatternError, match="lists 3 heads, but a layer has 4"):
+        build(pattern="{dense,d16*2}")
+
+
+@pytest.mark.parametrize(
+    "preset, recurrence, billions",
+    [("1.5b", True, 1.475), ("1.5b", False, 1.374), ("2.6b", True, 2.651), ("2.6b", False, 2.468), ("7.6b", True, 7.648)],
+)
+def test_presets_have_the_parameters_of_the_paper(preset, recurrence, billions):
+    from megatron.core.models.gpt import GPTModel
+
+    from rat_megatron.model.config import RATTransformerConfig
+    from rat_megatron.model.layer_spec import get_rat_block_spec
+    from rat_megatron.training.presets import MODEL, PRETRAIN
+
+    values = MODEL | PRETRAIN[preset]
+    fields = {field.name for field in dataclasses.fields(RATTransformerConfig)}
+    config = RATTransformerConfig(
+        **{name: value for name, value in values.items() if name in fields and name != "overlap_param_gather"},
+        rat_recurrence=recurrence, transformer_impl="local", use_cpu_initialization=True, perform_initialization=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GPTModel(
+            config,
+            get_rat_block_spec(config),
+            values["vocab_size"],
+            values["seq_length"],
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=True,
+        )
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions

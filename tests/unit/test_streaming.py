@@ -1,0 +1,369 @@
+"""Streaming: the global batches depend on data and seed alone, whatever ranks, workers and restarts; bad data is named before training."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from streaming import MDSWriter
+from streaming.base.partition import get_partitions
+
+from rat_megatron.data import streaming
+from rat_megatron.data.streaming import Stream, check_streams, parse_data_path, train_batches, validation_batches
+from rat_megatron.errors import UserError
+
+EOD = 3
+T = 2  # samples [number, EOD or 0, number]: the first token says which sample it is
+GLOBAL_BATCH = 24
+FORK = multiprocessing.get_context("fork")  # torch and Streaming are imported once
+
+
+def write_data(folder: Path, train: int, val: int = 0, first: int = 0, **changes) -> str:
+    """A data set whose samples say who they are: tokens [id, EOD if id is odd else 0, id]. Ids count from `first`."""
+    for split, count in (("train", train), ("val", val)):
+        if count:
+            size_limit = 4000 if count < 5000 else 1 << 20  # some shards
+            columns = {"tokens": f"ndarray:uint32:{T + 1}"}
+            with MDSWriter(columns=columns, out=str(folder / split), hashes=["xxh64"], size_limit=size_limit) as out:
+                for number in range(first, first + count):
+                    out.write({"tokens": np.array([number, EOD if number % 2 else 0, number], np.uint32)})
+    meta = {"format_version": 1, "seq_length": T, "vocab_size": 1000, "eod_id": EOD, "tokenizer_name": "t", "tokenizer_hash": "h"}
+    splits = {"train": {"samples": train}, "val": {"samples": val}}
+    (folder / "rat_meta.json").write_text(json.dumps({**meta, "splits": splits, **changes}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """1000 training samples: an epoch of 41 global batches and 16 samples left over."""
+    return write_data(tmp_path_factory.mktemp("data"), train=1000, val=50)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Enough samples for canonical nodes."""
+    return write_data(tmp_path_factory.mktemp("large"), train=streaming.SAMPLES_FOR_CANONICAL_NODES + 100)
+
+
+def batches_of(path: str | list[Stream], **changes):
+    settings = {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2, "seq_length": T, "eod_id": EOD, "seed": 7, "num_workers": 0}
+    return train_batches([Stream(path)] if isinstance(path, str) else path, **{**settings, **changes})
+
+
+def run_ranks(ranks: int, function: Callable[[], Any]) -> list[Any]:
+    """What `function()` returns on each rank, in processes that believe to be `ranks` ranks of one node."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    results = FORK.Queue()
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        if ranks > 1:
+            torch.distributed.init_process_group("gloo")
+        results.put((rank, function()))
+        if ranks > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+    processes = [FORK.Process(target=run, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    by_rank = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(30)
+    return [by_rank[rank] for rank in range(ranks)]
+
+
+def global_batches(path, *, ranks: int = 1, replication: int = 1, count: int = 3, **changes) -> list[list[int]]:
+    """The first `count` global batches as sorted lists; checks that the ranks of a group see the same samples."""
+
+    def batches_of_rank() -> list[list[int]]:
+        iterator = batches_of(path, replication=replication, **changes)
+        microbatches = GLOBAL_BATCH // (ranks // replication) // 2
+        return [ids_of(islice(iterator, microbatches)) for _ in range(count)]
+
+    by_rank = run_ranks(ranks, batches_of_rank)
+    leaders = range(0, ranks, replication)
+    assert all(by_rank[leader] == by_rank[leader + other] for leader in leaders for other in range(replication))
+    return [sorted(sum((by_rank[leader][step] for leader in leaders), [])) for step in range(count)]
+
+
+def ids_of(microbatches: Iterable[dict[str, torch.Tensor]]) -> list[int]:
+    return torch.cat([batch["tokens"][:, 0] for batch in microbatches]).tolist()
+
+
+@pytest.fixture(scope="module")
+def reference(data):
+    """Global batches of two epochs and a bit, from one process without workers."""
+    return global_batches(data, count=90)
+
+
+def test_an_epoch_takes_no_sample_twice_and_leaves_out_less_than_a_batch(reference):
+    first, second = sum(reference[:41], []), sum(reference[41:82], [])
+    for epoch in (first, second):
+        assert len(epoch) == len(set(epoch)) == 984
+    assert first != second and reference[0] != list(range(GLOBAL_BATCH))
+    assert set(first) != set(second), "other samples are left over in every epoch"
+
+
+@pytest.mark.parametrize("ranks, replication, workers", [(1, 1, 2), (2, 1, 1), (2, 2, 2), (4, 1, 0), (4, 2, 1)])
+def test_global_batches_are_the_same_on_any_layout_and_after_resuming(data, reference, ranks, replication, workers):
+    layout = {"ranks": ranks, "replication": replication, "num_workers": workers}
+    assert global_batches(data, count=3, **layout) == reference[:3]
+    for start in (39, 41, 60):  # across the end of the first epoch, at the beginning and in the middle of the second
+        assert global_batches(data, count=4, consumed_samples=start * GLOBAL_BATCH, **layout) == reference[start : start + 4]
+
+
+def test_canonical_nodes_keep_the_order_too_and_repeat_nothing_at_the_end(large):
+    last = (streaming.SAMPLES_FOR_CANONICAL_NODES + 100) // 64 * 64 // GLOBAL_BATCH - 2
+    end = global_batches(large, count=4, consumed_samples=last * GLOBAL_BATCH)
+    assert global_batches(large, count=4, consumed_samples=last * GLOBAL_BATCH, ranks=2, num_workers=1) == end
+    assert global_batches(large, count=1, consumed_samples=(last + 2) * GLOBAL_BATCH) == end[2:3], "the second epoch"
+    assert len(set(sum(end[:2], []))) == 2 * GLOBAL_BATCH
+
+
+@pytest.mark.parametrize("samples, canonical_nodes", [(70_000, streaming.CANONICAL_NODES), (1000, 1)])
+@pytest.mark.parametrize("nodes, ranks", [(1, 4), (2, 2), (3, 2), (4, 1), (12, 1)])
+def test_streaming_lays_out_any_number_of_nodes_alike(samples, canonical_nodes, nodes, ranks):
+    """What the order rests on, asked of Streaming itself, as one machine cannot be several nodes."""
+    workers, dropped = 2, 5 * GLOBAL_BATCH
+    share = GLOBAL_BATCH // (nodes * ranks)
+    one = get_partitions("relaxed", samples, canonical_nodes, 1, 1, 1, GLOBAL_BATCH, dropped, 1).reshape(-1, GLOBAL_BATCH)
+    many = get_partitions("relaxed", samples, canonical_nodes, nodes, ranks, workers, share, dropped, 1)
+    many = many.transpose(3, 2, 0, 1, 4).reshape(-1, GLOBAL_BATCH)  # batches first, then the workers in turn
+    whole = (samples - samples % canonical_nodes - dropped) // GLOBAL_BATCH
+    assert (np.sort(many[:whole]) == np.sort(one[:whole])).all()
+    used = one[:whole].ravel()
+    assert len(np.unique(used)) == len(used)
+
+
+def test_a_microbatch_leaves_out_what_follows_an_end_of_document(data):
+    batch = next(batches_of(data, micro_batch_size=4, seed=11))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()} == {
+        "tokens": ((4, T), torch.int64),
+        "labels": ((4, T), torch.int64),
+        "loss_mask": ((4, T), torch.float32),
+        "position_ids": ((4, T), torch.int64),
+    }
+    assert (batch["tokens"][:, 1:] == batch["labels"][:, :-1]).all()
+    assert (batch["labels"][:, -1] == batch["tokens"][:, 0]).all()
+    assert (batch["position_ids"] == torch.arange(T)).all()
+    odd = batch["tokens"][:, 0] % 2 == 1
+    assert odd.any() and not odd.all()
+    assert (batch["loss_mask"][:, 1] == (~odd).float()).all() and (batch["tokens"][:, 0] == EOD).sum() == (
+        batch["loss_mask"][:, 0] == 0
+    ).sum()
+
+
+def test_the_seed_decides_the_order_and_the_global_generator_is_not_touched(data, reference):
+    state = torch.get_rng_state()
+    assert global_batches(data, count=1, seed=8) != reference[:1]
+    next(batches_of(data, num_workers=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_blend_hits_its_weights(data, tmp_path):
+    other = write_data(tmp_path, train=3000, first=10_000)
+    streams = parse_data_path(["3", data, "1", other])
+    counts = Counter(number >= 10_000 for batch in global_batches(streams, count=60) for number in batch)
+    assert abs(counts[True] / counts.total() - 0.25) < 0.03
+    unweighted = Counter(number >= 10_000 for batch in global_batches(parse_data_path([data, other]), count=60) for number in batch)
+    assert abs(unweighted[True] / unweighted.total() - 0.75) < 0.03
+
+
+# ---- validation ----------------------------------------------------------------------------------------------------------------------
+
+
+def validation(streams, **changes):
+    settings = {"global_batch_size": 4, "micro_batch_size": 2, "seq_length": T, "eod_id": EOD, "num_samples": 20, "num_workers": 1}
+    return validation_batches(streams, **{**settings, **changes})
+
+
+def test_every_evaluation_sees_the_same_samples_spread_over_the_split(data):
+    batches = validation([Stream(data)])
+    first = ids_of(batches)
+    stopped = iter(batches)
+    next(stopped)
+    del stopped  # an evaluation that was cut short
+    assert first == ids_of(batches) == sorted(first)
+    assert len(set(first)) == 20 and first[0] == 0 and first[-1] > 45
+    assert len(set(ids_of(validation([Stream(data)], num_samples=48)))) == 48
+
+
+def test_ranks_share_the_validation_batches(data):
+    together = ids_of(validation([Stream(data)]))
+    by_rank = run_ranks(4, lambda: ids_of(validation([Stream(data)], replication=2)))
+    assert by_rank[0] == by_rank[1] and by_rank[2] == by_rank[3]
+    assert sorted(by_rank[0] + by_rank[2]) == together
+
+
+def test_validation_of_a_blend_follows_the_weights(data, tmp_path):
+    other = write_data(tmp_path, train=30, val=200, first=10_000)
+    weighted = ids_of(validation(parse_data_path(["1", data, "3", other]), num_samples=40))
+    assert sum(number >= 10_000 for number in weighted) == 30 and len(set(weighted)) == 40
+    by_size = ids_of(validation(parse_data_path([data, other]), num_samples=40))
+    assert sum(number >= 10_000 for number in by_size) == 32
+
+
+def test_more_validation_than_there_is_names_the_remedy(data, tmp_path):
+    with pytest.raises(UserError, match="lasts for 50 samples, 52 are asked for: use --eval-iters 12 at most"):
+        validation([Stream(data)], num_samples=52)
+    with pytest.raises(UserError, match="no validation batch.*--eval-iters 0"):
+        validation([Stream(write_data(tmp_path, train=30))])
+
+
+# ---- what the user gives -------------------------------------------------------------------------------------------------------------
+
+
+def test_data_path_reads_as_in_megatron():
+    assert parse_data_path(["a"]) == [Stream("a")]
+    assert parse_data_path(["a/", "b", "c"]) == [Stream("a"), Stream("b"), Stream("c")]
+    assert parse_data_path(["3", "a", "1", "s3://bucket/b"]) == [Stream("a", 0.75), Stream("s3://bucket/b", 0.25)]
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        ([], "is empty"),
+        (["1", "a", "b"], "mixes weights and paths"),
+        (["1", "a", "b", "c"], "mixes weights and paths"),
+        (["1", "2"], "mixes weights and paths"),
+        (["0", "a", "1", "b"], "must be a positive number"),
+        (["nan", "a"], "must be a positive number"),
+        (["a", "a/"], "names a twice"),
+    ],
+)
+def test_a_bad_data_path_is_explained(words, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_data_path(words)
+
+
+def test_whole_streams_pass_and_tell_what_the_model_needs(data, tmp_path):
+    meta = check_streams([Stream(data)], seq_length=T, vocab_size=1024)
+    assert (meta.train_samples, meta.val_samples, meta.eod_id, meta.vocab_size, meta.has_validation) == (1000, 50, EOD, 1000, True)
+    assert meta.tokenizer_path == f"{data}/tokenizer"
+    without = Stream(write_data(tmp_path, train=30))
+    assert not check_streams([Stream(data), without], seq_length=T).has_validation
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"seq_length": 8}, "holds samples of 8 tokens: use --seq-length 8"),
+        ({"vocab_size": 2000}, "vocabulary of 2000, the model only 1024: raise --vocab-size"),
+        ({"tokenizer_hash": "x"}, "prepared with another tokenizer"),
+        ({"eod_id": 5}, "prepared with another end-of-document token"),
+        ({"format_version": 9}, "has format 9, this version reads 1"),
+    ],
+)
+def test_a_stream_that_does_not_fit_is_named(data, tmp_path, changes, complaint):
+    other = write_data(tmp_path, train=30, **changes)
+    with pytest.raises(UserError, match=f"^{other}.*{complaint}"):
+        check_streams([Stream(data), Stream(other)], seq_length=T, vocab_size=1024)
+
+
+def test_missing_and_truncated_shards_are_named(tmp_path):
+    path = write_data(tmp_path / "data", train=1000, val=10)
+    shard = tmp_path / "data" / "train" / "shard.00001.mds"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(UserError, match=rf"{shard} has \d+ bytes instead of \d+"):
+        check_streams([Stream(path)], seq_length=T)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard} is missing"):
+        check_streams([Stream(path)], seq_length=T)
+    (tmp_path / "data" / "val" / "index.json").write_text("{")
+    shutil.rmtree(tmp_path / "data" / "train")
+    with pytest.raises(UserError, match="train/index.json cannot be read"):
+        check_streams([Stream(path)], seq_length=T)
+    with pytest.raises(UserError, match="nowhere/rat_meta.json does not exist"):
+        check_streams([Stream(str(tmp_path / "nowhere"))], seq_length=T)
+
+
+def test_batches_that_cannot_be_are_explained(data, monkeypatch):
+    with pytest.raises(UserError, match="1000 training samples, fewer than --global-batch-size 2000"):
+        batches_of(data, global_batch_size=2000)
+    with pytest.raises(UserError, match="--global-batch-size 24 is not a multiple of --micro-batch-size 5 times the data-parallel size 1"):
+        batches_of(data, micro_batch_size=5)
+    with pytest.raises(UserError, match="25 samples were consumed, not a multiple"):
+        batches_of(data, consumed_samples=25)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE is not set"):
+        batches_of(data)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 ranks cannot form groups of 2"):
+        batches_of(data, replication=2)
+
+
+# ---- killed runs and downloads -------------------------------------------------------------------------------------------------------
+
+
+def _run_forever(path: str, cache: str, started) -> None:
+    os.setsid()
+    iterator = batches_of(path, cache=cache, num_workers=1)
+    next(iterator)
+    started.set()
+    time.sleep(60)
+
+
+def test_a_killed_run_does_not_break_the_next(data, tmp_path, monkeypatch):
+    """Streaming takes a cache folder with shared memory left over for one in use; a stream with a cache is one with a URL."""
+    monkeypatch.setattr(streaming.Stream, "is_remote", property(lambda stream: True))  # a local folder stands for the bucket
+    cache, started = str(tmp_path), FORK.Event()
+    process = FORK.Process(target=_run_forever, args=(data, cache, started))
+    process.start()
+    assert started.wait(60)
+    left = _blocks_mapped_by(process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert any(path.exists() for path in left), "nothing was left over: this test tests nothing"
+    check_streams([Stream(data)], seq_length=T, cache=cache)
+    assert len(next(batches_of(data, cache=cache))["tokens"]) == 2
+    assert not any(path.exists() for path in left if path not in _blocks_mapped_by(os.getpid()))
+
+
+def test_shared_memory_of_a_live_run_is_left_alone(data, tmp_path):
+    started = FORK.Event()
+    process = FORK.Process(target=_run_forever, args=(data, str(tmp_path), started))
+    process.start()
+    assert started.wait(60)
+    mapped = _blocks_mapped_by(process.pid)
+    next(batches_of(data))
+    assert mapped and all(path.exists() for path in mapped)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _blocks_mapped_by(pid: int) -> set[Path]:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {Path(line.split()[-1]) for line in lines if "/dev/shm/" in line and line.endswith(("_locals", "_barrier", "_next_epoch"))}
+
+
+def test_a_url_needs_a_cache_folder():
+    with pytest.raises(UserError, match="s3://bucket/data is a URL: name a local folder for its shards with --data-cache-path"):
+        check_streams([Stream("s3://bucket/data")], seq_length=T)
+
+
+def test_signals_to_the_process_group_do_not_reach_the_workers(data):
+    iterator = batches_of(data, num_workers=1, consumed_samples=GLOBAL_BATCH)
+    next(iterator)
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(worker.pid, number)
+    assert len(ids_of(islice(iterator, 5 * GLOBAL_BATCH))) == 10 * GLOBAL_BATCH
+    assert all(worker.is_alive() for worker in workers)
