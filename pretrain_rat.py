@@ -1,7 +1,7 @@
 """Pretrain or adapt a RAT+ language model with Megatron: the counterpart of Megatron's pretrain_gpt.py.
 
-    python pretrain_rat.py --rat-preset tiny --data-path DATA --save CHECKPOINTS
-    torchrun --nproc-per-node 8 pretrain_rat.py --rat-preset 1.5b --data-path DATA --save CHECKPOINTS --tensorboard-dir TB
+python pretrain_rat.py --rat-preset tiny --data-path DATA --save CHECKPOINTS
+torchrun --nproc-per-node 8 pretrain_rat.py --rat-preset 1.5b --data-path DATA --save CHECKPOINTS --tensorboard-dir TB
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rat_megatron.pattern import PatternError
-
 
 class UserError(Exception):
     """Something the user gave is wrong. The message is one sentence: what is wrong (flag or file) and what to do."""
@@ -18,6 +16,9 @@ def exit_2_on_bad_input() -> Iterator[None]:
     """Turns a UserError or PatternError into its sentence on standard error and exit code 2."""
     try:
         yield
-    except (UserError, PatternError) as error:
+    except (UserError, ValueError) as error:
+        # PatternError is told by its name: it exists once more in rat_megatron.hf, and importing either brings torch into every --help.
+        if not isinstance(error, UserError) and type(error).__name__ != "PatternError":
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

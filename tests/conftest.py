@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))  # tests/reference.py
-
-# The shape of the model and data that the training runs of the tests use.
-SEQ_LENGTH = 64
-MODEL_FLAGS = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 4".split()
-TRAIN_FLAGS = (
-    f"--seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --min-lr 1e-4 --lr-decay-style cosine "
-    "--weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --log-interval 1 --tensorboard-log-interval 1 --eval-interval 10 --eval-iters 2 "
-    "--num-workers 0"
-).split()
+from tests.helpers import MODEL_FLAGS, SEQ_LENGTH, TRAIN_FLAGS, arl_run_flags, pretrain
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +28,9 @@ def tiny_data(tmp_path_factory) -> Path:
     )
     tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eod>").save_pretrained(folder / "tokenizer")
-    prepare([folder / "text.jsonl"], folder / "data", tokenizer=str(folder / "tokenizer"), seq_length=SEQ_LENGTH, workers=1, val_fraction=0.2)
-    return folder / "data"
+    data = folder / "data"
+    prepare([folder / "text.jsonl"], data, tokenizer=str(folder / "tokenizer"), seq_length=SEQ_LENGTH, workers=1, val_fraction=0.2)
+    return data
 
 
 def _docstrings(module_name: str) -> list[str]:
@@ -54,50 +42,12 @@ def _docstrings(module_name: str) -> list[str]:
     return [doc for node in ast.walk(tree) if isinstance(node, kinds) and (doc := ast.get_docstring(node))]
 
 
-def pretrain(*flags: str | Path, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs pretrain_rat.py to its end; with check, a failure shows the end of its log."""
-    result = subprocess.run(pretrain_command(*flags), env=pretrain_environment(), capture_output=True, text=True)
-    assert not check or result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
-
-
-def pretrain_command(*flags: str | Path) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "pretrain_rat.py"), *map(str, flags)]
-
-
-def pretrain_environment() -> dict[str, str]:
-    """One thread, so that sums are taken in one order, and no trace of an enclosing torchrun."""
-    outside = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in os.environ.items() if name not in outside} | {"OMP_NUM_THREADS": "1"}
-
-
-def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Every scalar that a run (with its resumptions) wrote: {tag: {iteration: value}}, later values over earlier ones."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    scalars: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.glob("events.*"), key=lambda path: path.stat().st_mtime):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            scalars.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return scalars
-
-
 @pytest.fixture(scope="session")
 def one_iteration(tmp_path_factory, tiny_data) -> Path:
     """Checkpoint folder after a single iteration: common starting weights for the runs that are compared."""
     folder = tmp_path_factory.mktemp("one_iteration")
     pretrain(*MODEL_FLAGS, *TRAIN_FLAGS, "--data-path", tiny_data, "--train-iters", 1, "--save", folder, "--save-interval", 1)
     return folder
-
-
-def arl_run_flags(start: Path, data: Path, folder: Path) -> list[str | Path]:
-    """The flags of the run that several tests look at: 20 iterations of ARL with d8, from given weights."""
-    return [
-        *MODEL_FLAGS, *TRAIN_FLAGS, "--data-path", data, "--pretrained-checkpoint", start, "--rat-arl-pattern", "d8",
-        "--rat-eval-patterns", "dense", "d16", "[d8,d16w8s4]", "--train-iters", 20, "--lr-warmup-iters", 4,
-        "--save", folder / "checkpoints", "--save-interval", 5, "--tensorboard-dir", folder / "tensorboard",
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def model(weights: dict[str, torch.Tensor], tokens: torch.Tensor, num_heads: int
         prefix = f"model.layers.{layer}."
         h = rms_norm(x, w[prefix + "input_layernorm.weight"])
 
-        def project(name, count):
+        def project(name, count, h=h, prefix=prefix):
             return (h @ w[f"{prefix}self_attn.{name}.weight"].T).unflatten(-1, (count, -1))
 
         q, o = project("q_proj", num_heads), project("output_gate_proj", num_heads)

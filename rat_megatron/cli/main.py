@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rat_megatron.cli.convert import app as convert_app
+from rat_megatron.cli.report import report
 from rat_megatron.errors import exit_2_on_bad_input
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(convert_app, name="convert")
+app.command(epilog="Example: rat-megatron report out --pretrained ckpt/base --adapted ckpt/d16 --adapted ckpt/d64")(report)
 
 
 @app.command(epilog="Example: rat-megatron prepare fineweb/ --output data --tokenizer meta-llama/Llama-2-7b-hf --workers 64")

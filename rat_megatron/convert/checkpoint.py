@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,9 @@ def _read_metadata(path: Path) -> Metadata:
 
 def _load_allowed(data: io.BytesIO, source: Path) -> Any:
     """torch.load of an object whose classes are torch's safe ones or those that Megatron itself allows in its checkpoints."""
-    from megatron.core.safe_globals import SAFE_GLOBALS  # here because it takes seconds, and --help should not
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Apex and Transformer Engine are missing is of no concern here
+        from megatron.core.safe_globals import SAFE_GLOBALS  # here because it takes seconds, and --help should not
 
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         try:

@@ -1,13 +1,32 @@
-"""Clears what killed runs left of Streaming's shared memory, and nothing else.
+"""Lets runs on one node share Streaming's shared memory: one claims its blocks at a time, and what killed runs left is cleared first.
 
-Streaming refuses a cache folder that, by its shared memory, is still in use. Its own `clean_stale_shared_memory` takes all blocks there
-are, also from live runs on the same node; here, a block that some process has mapped stays.
+Streaming looks for the first free number and takes it in two steps, so two runs that start together may take the same. It refuses a cache
+folder that, by its shared memory, is still in use; its own `clean_stale_shared_memory` takes all blocks there are, also those of live runs.
+Here a block that some process has mapped stays.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def claiming_shared_memory() -> Iterator[None]:
+    """Around the construction of a StreamingDataset. Collective when torch.distributed is initialized: the first rank of each node holds a
+    lock against this user's other runs there, and clears what killed ones left."""
+    from streaming.base.distributed import barrier, get_local_rank
+
+    with open(Path(tempfile.gettempdir()) / f"rat_megatron_{os.getuid()}.lock", "a") as lock:
+        if get_local_rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file, or dying, gives it back
+        clean_stale_shared_memory()
+        yield
+        barrier()
 
 
 def clean_stale_shared_memory() -> None:

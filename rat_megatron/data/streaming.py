@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from rat_megatron.data.shared_memory import clean_stale_shared_memory
+from rat_megatron.data.shared_memory import claiming_shared_memory
 from rat_megatron.errors import UserError
 
 META_FILE = "rat_meta.json"
@@ -218,19 +218,19 @@ def train_batches(
         raise UserError(
             f"--data-path has {samples} training samples, fewer than --global-batch-size {global_batch_size}: prepare more text."
         )
-    clean_stale_shared_memory()
     logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)  # warns of a miscount of replicated samples; ours is exact
-    dataset = StreamingDataset(
-        streams=_streaming_streams(streams, "train", cache),
-        batch_size=share,
-        num_canonical_nodes=canonical_nodes,
-        shuffle=shuffle,
-        shuffle_algo=SHUFFLE_ALGORITHM,
-        shuffle_seed=seed,
-        shuffle_block_size=SHUFFLE_BLOCK,
-        replication=replication,
-        download_timeout=DOWNLOAD_TIMEOUT,
-    )
+    with claiming_shared_memory():
+        dataset = StreamingDataset(
+            streams=_streaming_streams(streams, "train", cache),
+            batch_size=share,
+            num_canonical_nodes=canonical_nodes,
+            shuffle=shuffle,
+            shuffle_algo=SHUFFLE_ALGORITHM,
+            shuffle_seed=seed,
+            shuffle_block_size=SHUFFLE_BLOCK,
+            replication=replication,
+            download_timeout=DOWNLOAD_TIMEOUT,
+        )
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         epoch, first = divmod(consumed_samples // global_batch_size, batches_per_epoch)
@@ -273,13 +273,13 @@ def validation_batches(
     group, share = _data_parallel_share(global_batch_size, micro_batch_size, replication)
     sizes = [_samples(stream, "val", cache) for stream in streams]
     indices = _spread(streams, sizes, num_samples - num_samples % global_batch_size, global_batch_size)
-    clean_stale_shared_memory()
-    dataset = StreamingDataset(
-        streams=_streaming_streams([Stream(stream.path) for stream in streams], "val", cache),
-        batch_size=share,
-        replication=replication,
-        download_timeout=DOWNLOAD_TIMEOUT,
-    )
+    with claiming_shared_memory():
+        dataset = StreamingDataset(
+            streams=_streaming_streams([Stream(stream.path) for stream in streams], "val", cache),
+            batch_size=share,
+            replication=replication,
+            download_timeout=DOWNLOAD_TIMEOUT,
+        )
     own = indices.reshape(-1, global_batch_size // share, share)[:, group].flatten()
     return _Validation(_loader(Subset(dataset, own.tolist()), share, num_workers), micro_batch_size, seq_length, eod_id)
 
@@ -371,7 +371,7 @@ def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
 def _ignore_signals(_: int) -> None:
     """Slurm and Ctrl-C signal the whole process group; only the training process may decide what that means."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        pass
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _microbatches(batch: torch.Tensor, micro_batch_size: int, seq_length: int, eod_id: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -35,9 +35,7 @@ def get_rat_layer_spec(config: TransformerConfig) -> ModuleSpec:
         submodules = get_gpt_layer_with_transformer_engine_submodules()
         core_attention = partial(RATCoreAttention, dense_attention=TEDotProductAttention)
     else:
-        submodules = replace(
-            get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm
-        )
+        submodules = replace(get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
         core_attention = RATCoreAttention
     attention = replace(submodules.self_attention.submodules, core_attention=core_attention, q_layernorm=None, k_layernorm=None)
     self_attention = ModuleSpec(

@@ -10,6 +10,7 @@ import argparse
 import sys
 from argparse import Namespace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def _add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | Non
     parser.error = _refuse
     parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
     if preset := _given("--rat-preset"):
-        recipes = presets.ADAPT if _given("--pretrained-checkpoint") else presets.PRETRAIN
-        parser.set_defaults(**recipes.get(preset, {}))
+        recipe = dict((presets.ADAPT if _given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))
+        if _given("--lr-warmup-iters"):  # Megatron takes one of the two
+            recipe.pop("lr_warmup_fraction", None)
+        parser.set_defaults(**recipe)
     parser.set_defaults(**(derived or {}))
     return parser
 
@@ -83,16 +86,17 @@ def _given(flag: str) -> str | None:
 
 def _platform_defaults() -> dict[str, Any]:
     """What this machine can do: Transformer Engine on a GPU that has it, Megatron's local layers elsewhere."""
-    if torch.cuda.is_available() and HAVE_TE:
-        return {}
-    defaults = {
-        "transformer_impl": "local",
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "no_persist_layer_norm": True,
-    }
-    return defaults if torch.cuda.is_available() else defaults | {"distributed_backend": "gloo", "bias_dropout_fusion": False}
+    defaults: dict[str, Any] = {"gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None}  # of NVIDIA Apex
+    if not (torch.cuda.is_available() and HAVE_TE):
+        defaults |= {
+            "transformer_impl": "local",
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+            "no_persist_layer_norm": True,
+        }
+    if not torch.cuda.is_available():
+        defaults |= {"distributed_backend": "gloo", "bias_dropout_fusion": False}
+    return defaults
 
 
 def _check_and_derive(args: Namespace) -> dict[str, Any]:
@@ -110,6 +114,9 @@ def _check_complete(args: Namespace) -> None:
     for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"):
         if getattr(args, flag) is None and not (flag == "train_iters" and args.train_samples):
             raise UserError(f"--{flag.replace('_', '-')} is missing: give it, or a --rat-preset ({', '.join(presets.PRETRAIN)})")
+    decay_iters = args.lr_decay_iters or args.train_iters
+    if decay_iters and args.lr_warmup_iters >= decay_iters:
+        raise UserError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below the {decay_iters} iterations of the decay")
 
 
 def _check_features(args: Namespace) -> None:
@@ -129,14 +136,14 @@ def _check_features(args: Namespace) -> None:
         if value:
             raise UserError(f"{flag} is not part of a RAT+ layer: leave it out")
     if args.rampup_batch_size or args.step_batch_size_schedule:
-        raise UserError("--rampup-batch-size and --step-batch-size-schedule would move the data: RAT+ trains with a fixed --global-batch-size")
+        raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
     if args.dataloader_type != "external" or args.mock_data:
         raise UserError("RAT+ reads MDS streams: give --data-path and leave out --dataloader-type and --mock-data")
 
 
 def _check_layout(args: Namespace) -> None:
     tp = args.tensor_model_parallel_size
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    groups = _query_groups(args)
     if args.num_attention_heads % groups:
         raise UserError(f"--num-query-groups {groups} does not divide --num-attention-heads {args.num_attention_heads}")
     if groups % tp:
@@ -171,9 +178,7 @@ def _check_data(args: Namespace) -> dict[str, Any]:
     if not args.data_path:
         raise UserError("--data-path is missing: give one or more folders written by 'rat-megatron prepare', with weights if wanted")
     vocab_size = args.vocab_size if _given("--vocab-size") else None
-    meta = check_streams(
-        parse_data_path(args.data_path), seq_length=args.seq_length, vocab_size=vocab_size, cache=args.data_cache_path
-    )
+    meta = check_streams(parse_data_path(args.data_path), seq_length=args.seq_length, vocab_size=vocab_size, cache=args.data_cache_path)
     if not meta.has_validation and args.eval_iters:
         raise UserError("the data of --data-path has no validation split: give --eval-iters 0, or prepare it with --val-fraction")
     return {
@@ -193,14 +198,26 @@ def _check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
     source = resumed or args.pretrained_checkpoint
     if source is None:
         return
-    saved = read_checkpoint_args(Path(source))
-    asked = Namespace(**vars(args) | derived)
-    for name in ARCHITECTURE:
-        if getattr(saved, name, None) != getattr(asked, name, None):
+    there, here = _architecture(read_checkpoint_args(Path(source))), _architecture(Namespace(**vars(args) | derived))
+    for name, value in here.items():
+        if there[name] != value:
             raise UserError(
-                f"the checkpoint in {source} has {name}={getattr(saved, name, None)}, this run asks for {getattr(asked, name, None)}: "
+                f"the checkpoint in {source} has {name} {there[name]}, this run asks for {value}: "
                 "give the flags of the checkpoint, or another folder"
             )
+
+
+def _architecture(args: Namespace) -> dict[str, Any]:
+    """What must be the same for a checkpoint's weights to fit; widths that were not given are those that Megatron will fill in."""
+    return {name: getattr(args, name, None) for name in ARCHITECTURE} | {
+        "kv_channels": args.kv_channels or args.hidden_size // args.num_attention_heads,
+        "ffn_hidden_size": args.ffn_hidden_size or 4 * args.hidden_size,
+        "num_query_groups": _query_groups(args),
+    }
+
+
+def _query_groups(args: Namespace) -> int:
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
 def _has_checkpoint(folder: str) -> bool:

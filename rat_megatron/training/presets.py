@@ -29,6 +29,7 @@ _RECIPE: dict[str, Any] = {
     "weight_decay": 0.1,
     "clip_grad": 1.0,
     "lr_decay_style": "cosine",
+    "lr_warmup_fraction": 0.05,
     "min_lr": 1e-6,
     "seed": 1005,
 }
@@ -62,9 +63,9 @@ _TINY = _RECIPE | {
     "ffn_hidden_size": 512,
     "seq_length": 256,
     "max_position_embeddings": 256,
-    "vocab_size": 4096,
+    "vocab_size": 2048,
     "micro_batch_size": 8,
-    "global_batch_size": 16,
+    "global_batch_size": 8,
     "log_interval": 10,
     "save_interval": 100,
     "eval_interval": 100,
@@ -76,15 +77,16 @@ _7_6B = _large(32, 4096, 32, micro_batch_size=1)
 
 # eval_iters: validation on 524M tokens, the whole of the paper's held-out set.
 PRETRAIN: dict[str, dict[str, Any]] = {
-    "tiny": _TINY | {"lr": 2e-3, "train_iters": 200, "lr_warmup_iters": 10},
-    "1.5b": _1_5B | {"global_batch_size": 512, "lr": 8e-4, "train_iters": 52452, "lr_warmup_iters": 2622, "eval_iters": 250},
-    "2.6b": _2_6B | {"global_batch_size": 640, "lr": 7e-4, "train_iters": 41961, "lr_warmup_iters": 2098, "eval_iters": 200},
-    "7.6b": _7_6B | {"global_batch_size": 768, "lr": 6e-4, "train_iters": 34968, "lr_warmup_iters": 1748, "eval_iters": 166},
+    "tiny": _TINY | {"lr": 4e-3, "train_iters": 150},
+    "1.5b": _1_5B | {"global_batch_size": 512, "lr": 8e-4, "train_iters": 52452, "eval_iters": 250},
+    "2.6b": _2_6B | {"global_batch_size": 640, "lr": 7e-4, "train_iters": 41961, "eval_iters": 200},
+    "7.6b": _7_6B | {"global_batch_size": 768, "lr": 6e-4, "train_iters": 34968, "eval_iters": 166},
 }
 
+_NO_WARMUP = {"lr_warmup_fraction": 0.0}
 ADAPT: dict[str, dict[str, Any]] = {
-    "tiny": _TINY | {"lr": 5e-4, "train_iters": 40},
-    "1.5b": _1_5B | {"global_batch_size": 512, "lr": 8e-5, "train_iters": 476, "eval_iters": 250},
-    "2.6b": _2_6B | {"global_batch_size": 640, "lr": 7e-5, "train_iters": 381, "eval_iters": 200},
-    "7.6b": _7_6B | {"global_batch_size": 768, "lr": 2e-5, "train_iters": 317, "lr_warmup_fraction": 0.02, "eval_iters": 166},
+    "tiny": _TINY | _NO_WARMUP | {"lr": 1e-3, "train_iters": 25},
+    "1.5b": _1_5B | _NO_WARMUP | {"global_batch_size": 512, "lr": 8e-5, "train_iters": 476, "eval_iters": 250},
+    "2.6b": _2_6B | _NO_WARMUP | {"global_batch_size": 640, "lr": 7e-5, "train_iters": 381, "eval_iters": 200},
+    "7.6b": _7_6B | {"lr_warmup_fraction": 0.02} | {"global_batch_size": 768, "lr": 2e-5, "train_iters": 317, "eval_iters": 166},
 }

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import SEQ_LENGTH, tensorboard_scalars
 
 from rat_megatron.convert.to_hf import convert_to_hf
 from rat_megatron.data.streaming import parse_data_path, train_batches
 from rat_megatron.hf import RatPlusForCausalLM
 from rat_megatron.training.arl import ReplayIterator
+from tests.helpers import SEQ_LENGTH, tensorboard_scalars
 
 
 def test_replay_gives_the_same_items_again_then_goes_on():
@@ -35,9 +35,8 @@ def plain_run(one_iteration, tiny_data, tmp_path_factory):
     convert_to_hf(one_iteration, tmp_path_factory.mktemp("start") / "hf")
     model = RatPlusForCausalLM.from_pretrained(tmp_path_factory.getbasetemp() / "start0" / "hf", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    batches = train_batches(
-        parse_data_path([str(tiny_data)]), global_batch_size=4, micro_batch_size=2, seq_length=SEQ_LENGTH, eod_id=0, seed=1234, num_workers=0
-    )
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "seq_length": SEQ_LENGTH}
+    batches = train_batches(parse_data_path([str(tiny_data)]), **sizes, eod_id=0, seed=1234, num_workers=0)
     logged = {"lm loss": [], "lm loss d8": [], "grad-norm": [], "grad norm d8": [], "learning-rate": []}
     for iteration in range(1, 21):
         # Megatron steps the schedule after the update: the first iteration's rate is that of step 1.
@@ -73,7 +72,8 @@ def test_losses_gradient_norms_and_learning_rate_equal_those_of_a_plain_loop(arl
     scalars = tensorboard_scalars(arl_run / "tensorboard")
     for name, expected in plain_run[1].items():
         assert list(scalars[name]) == list(range(1, 21)), name
-        torch.testing.assert_close(list(scalars[name].values()), expected, rtol=2e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        actual = list(scalars[name].values())
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_weights_equal_those_of_a_plain_loop(arl_run, plain_run, one_iteration, tmp_path):

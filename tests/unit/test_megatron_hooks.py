@@ -36,7 +36,8 @@ def test_evaluation_and_flops_go_through_globals_of_training():
     for caller in (training.train, training.pretrain):
         assert "evaluate_and_print_results(" in _source(caller)
     assert list(inspect.signature(training.num_floating_point_operations).parameters)[:2] == ["args", "batch_size"]
-    assert "num_floating_point_operations(" in _source(training.training_log) and "num_floating_point_operations(" in _source(training.train)
+    for caller in (training.training_log, training.train):
+        assert "num_floating_point_operations(" in _source(caller)
 
 
 def test_checkpoint_tracker_is_written_through_the_module_global():
@@ -104,3 +105,38 @@ def test_report_keeps_what_was_measured(tmp_path, monkeypatch):
     assert report.timed(lambda value: value + 1)(1) == 2
     report.add_loss("dense", 2.0)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["tokens_per_second"] > 0
+
+
+@pytest.fixture
+def arguments_1_5b(monkeypatch):
+    """Validated arguments of the 1.5B baseline, dense, without active recurrence learning."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from rat_megatron.training.arguments import _add_rat_args
+
+    monkeypatch.setattr("sys.argv", ["pretrain_rat.py", "--rat-preset", "1.5b", "--no-rat-recurrence", "--rat-arl-pattern", "none"])
+    args = parse_args(_add_rat_args)
+    validate_args(args)
+    args.padded_vocab_size = args.vocab_size
+    return args
+
+
+def test_flops_equal_megatrons_where_both_count_the_same(arguments_1_5b):
+    from megatron.training.training import num_floating_point_operations
+
+    from rat_megatron.training.flops import iteration_flops
+
+    # Megatron counts T * T / 2 pairs of causal attention, we T * (T + 1) / 2.
+    assert iteration_flops(arguments_1_5b, 8) == pytest.approx(num_floating_point_operations(arguments_1_5b, 8), rel=1e-4)
+
+
+def test_flops_count_the_forget_gate_and_the_sparse_step(arguments_1_5b):
+    from rat_megatron.training.flops import iteration_flops
+
+    args = arguments_1_5b
+    baseline = iteration_flops(args, 8)
+    args.rat_recurrence = True
+    dense = iteration_flops(args, 8)
+    assert dense - baseline == 3 * 8 * 4096 * 2 * args.num_layers * args.hidden_size**2
+    args.rat_arl_pattern = "d64"
+    assert 1.85 < iteration_flops(args, 8) / dense < 1.95  # the paper: about 1.9

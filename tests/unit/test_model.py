@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from reference import model as reference_model
-from reference import sees
 
 from rat_megatron.convert.names import FUSED_QKV, TABLE, split_fused_qkv
 from rat_megatron.pattern import AttentionPattern, PatternError
+from tests.reference import model as reference_model
+from tests.reference import sees
 
 pytestmark = pytest.mark.usefixtures("megatron_process")
 

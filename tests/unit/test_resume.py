@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import MODEL_FLAGS, TRAIN_FLAGS, arl_run_flags, pretrain, pretrain_command, pretrain_environment, tensorboard_scalars
 
 from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
+from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, arl_run_flags, pretrain, pretrain_command, pretrain_environment, tensorboard_scalars
 
 
 def _tracked(checkpoints: Path) -> int:

@@ -33,9 +33,8 @@ def write_data(folder: Path, train: int, val: int = 0, first: int = 0, **changes
     """A data set whose samples say who they are: tokens [id, EOD if id is odd else 0, id]. Ids count from `first`."""
     for split, count in (("train", train), ("val", val)):
         if count:
-            size_limit = 4000 if count < 5000 else 1 << 20  # some shards
             columns = {"tokens": f"ndarray:uint32:{T + 1}"}
-            with MDSWriter(columns=columns, out=str(folder / split), hashes=["xxh64"], size_limit=size_limit) as out:
+            with MDSWriter(columns=columns, out=str(folder / split), hashes=["xxh64"], size_limit=4000) as out:  # some shards
                 for number in range(first, first + count):
                     out.write({"tokens": np.array([number, EOD if number % 2 else 0, number], np.uint32)})
     meta = {"format_version": 1, "seq_length": T, "vocab_size": 1000, "eod_id": EOD, "tokenizer_name": "t", "tokenizer_hash": "h"}
@@ -48,12 +47,6 @@ def write_data(folder: Path, train: int, val: int = 0, first: int = 0, **changes
 def data(tmp_path_factory):
     """1000 training samples: an epoch of 41 global batches and 16 samples left over."""
     return write_data(tmp_path_factory.mktemp("data"), train=1000, val=50)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """Enough samples for canonical nodes."""
-    return write_data(tmp_path_factory.mktemp("large"), train=streaming.SAMPLES_FOR_CANONICAL_NODES + 100)
 
 
 def batches_of(path: str | list[Stream], **changes):
@@ -128,12 +121,13 @@ def test_global_batches_are_the_same_on_any_layout_and_after_resuming(data, refe
         assert global_batches(data, count=4, consumed_samples=start * GLOBAL_BATCH, **layout) == reference[start : start + 4]
 
 
-def test_canonical_nodes_keep_the_order_too_and_repeat_nothing_at_the_end(large):
-    last = (streaming.SAMPLES_FOR_CANONICAL_NODES + 100) // 64 * 64 // GLOBAL_BATCH - 2
-    end = global_batches(large, count=4, consumed_samples=last * GLOBAL_BATCH)
-    assert global_batches(large, count=4, consumed_samples=last * GLOBAL_BATCH, ranks=2, num_workers=1) == end
-    assert global_batches(large, count=1, consumed_samples=(last + 2) * GLOBAL_BATCH) == end[2:3], "the second epoch"
-    assert len(set(sum(end[:2], []))) == 2 * GLOBAL_BATCH
+def test_canonical_nodes_keep_the_order_too_and_repeat_nothing_at_the_end(data, monkeypatch):
+    monkeypatch.setattr(streaming, "SAMPLES_FOR_CANONICAL_NODES", 500)  # the forks see it too
+    order = global_batches(data, count=82)
+    for epoch in (sum(order[:40], []), sum(order[40:80], [])):
+        assert len(epoch) == len(set(epoch)) == 960, "1000 samples are 15 for each of 64 nodes, and 40 left over"
+    for start in (38, 80):
+        assert global_batches(data, count=2, consumed_samples=start * GLOBAL_BATCH, ranks=2, num_workers=1) == order[start : start + 2]
 
 
 @pytest.mark.parametrize("samples, canonical_nodes", [(70_000, streaming.CANONICAL_NODES), (1000, 1)])
@@ -345,6 +339,29 @@ def test_shared_memory_of_a_live_run_is_left_alone(data, tmp_path):
     assert mapped and all(path.exists() for path in mapped)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
+
+
+def test_runs_that_start_together_on_one_node_do_not_collide(data):
+    together = FORK.Barrier(4)
+
+    def start(result) -> None:
+        try:
+            for _ in range(6):
+                together.wait(60)
+                batches_of(data)
+            result.put(None)
+        except BaseException as error:  # it is the test's to report
+            together.abort()
+            result.put(repr(error))
+            raise
+
+    results = FORK.Queue()
+    processes = [FORK.Process(target=start, args=(results,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=120) for _ in processes] == [None] * 4
+    for process in processes:
+        process.join()
 
 
 def _blocks_mapped_by(pid: int) -> set[Path]:

@@ -1,0 +1,151 @@
+"""The command line: layers of defaults, and bad input that ends before training with one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from rat_megatron.errors import UserError
+from rat_megatron.pattern import PatternError
+from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain
+
+pytestmark = pytest.mark.usefixtures("megatron_process")
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """check(flags...) -> (arguments as given, what follows from the data); raises what the user would see."""
+
+    def run(*flags):
+        from megatron.training.arguments import parse_args
+
+        from rat_megatron.training import arguments
+
+        monkeypatch.setattr(sys, "argv", ["pretrain_rat.py", *map(str, flags)])
+        given = parse_args(arguments._add_rat_args)
+        return given, arguments._check_and_derive(given)
+
+    return run
+
+
+def test_preset_fills_what_is_not_given_and_the_command_line_wins(check, tiny_data):
+    given, derived = check("--rat-preset", "tiny", "--seq-length", 64, "--num-layers", 2, "--lr=0.5", "--data-path", tiny_data)
+    assert (given.num_layers, given.lr, given.hidden_size, given.normalization) == (2, 0.5, 128, "RMSNorm")
+    assert (given.adam_beta2, given.adam_eps, given.weight_decay, given.min_lr) == (0.95, 1e-8, 0.1, 1e-6)
+    assert given.dist_ckpt_optim_fully_reshardable and given.use_tp_pp_dp_mapping and given.attention_output_gate
+    assert derived["vocab_size"] == 300 and derived["rat_eod_id"] == 0
+    assert derived["rat_arl_pattern"] == "d64" and derived["rat_eval_patterns"] == ["dense"]
+
+
+@pytest.mark.parametrize("preset, lr, steps, batch", [("1.5b", 8e-5, 476, 512), ("2.6b", 7e-5, 381, 640), ("7.6b", 2e-5, 317, 768)])
+def test_adaptation_has_its_own_recipe(check, one_iteration, tiny_data, preset, lr, steps, batch):
+    with pytest.raises(UserError, match="holds samples of 64 tokens"):
+        check("--rat-preset", preset, "--data-path", tiny_data, "--pretrained-checkpoint", one_iteration)
+    from megatron.training.arguments import parse_args
+
+    from rat_megatron.training import arguments
+
+    given = parse_args(arguments._add_rat_args)
+    assert (given.lr, given.train_iters, given.global_batch_size, given.bf16) == (lr, steps, batch, True)
+
+
+def test_adaptation_trains_one_step_a_batch_unless_asked(check, one_iteration, tiny_data):
+    flags = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data, "--pretrained-checkpoint", one_iteration]
+    assert check(*flags, "--rat-pattern", "d16w0s4")[1] | {"load": 0} == check(*flags, "--rat-pattern", "d16s4")[1] | {"load": 0}
+    assert check(*flags)[1]["rat_arl_pattern"] == "none"
+    assert check(*flags, "--rat-arl-pattern", "d8")[1]["rat_arl_pattern"] == "d8"
+
+
+BAD = {
+    "unknown pattern word": (["--rat-pattern", "d16x"], "unknown attention pattern 'd16x'"),
+    "unknown evaluation pattern": (["--rat-eval-patterns", "dense", "x"], "unknown attention pattern 'x'"),
+    "unknown ARL pattern": (["--rat-arl-pattern", "off"], "unknown attention pattern 'off'"),
+    "list of the wrong length": (["--rat-pattern", "[dense,d16]*3"], "lists 6 layers, but the model has 2"),
+    "heads of the wrong number": (["--rat-pattern", "{dense,d16}"], "lists 2 heads, but a layer has 4"),
+    "T of the data": (["--seq-length", "128"], "holds samples of 64 tokens: use --seq-length 64"),
+    "vocabulary": (["--vocab-size", "200"], "vocabulary of 300, the model only 200"),
+    "FP8": (["--fp8-format", "hybrid"], "need a GPU with Transformer Engine"),
+    "Transformer Engine": (["--transformer-impl", "transformer_engine"], "needs a GPU with Transformer Engine"),
+    "unknown flag": (["--rat-patern", "d16"], "unrecognized arguments: --rat-patern"),
+    "unknown preset": (["--rat-preset", "3b"], "invalid choice: '3b'"),
+    "not a number": (["--num-layers", "two"], "invalid int value: 'two'"),
+    "MoE": (["--num-experts", "4"], "--num-experts is not part of a RAT\\+ layer"),
+    "heads and hidden size": (["--hidden-size", "30"], "--num-attention-heads 4 does not divide --hidden-size 30"),
+    "tensor parallel size": (["--tensor-model-parallel-size", "3"], "does not divide the 4 query groups"),
+    "missing load folder": (["--load", "nowhere"], "--load nowhere holds no checkpoint"),
+    "missing pretrained checkpoint": (["--pretrained-checkpoint", "nowhere"], "nowhere holds no checkpoint"),
+    "missing data": (["--data-path", "nowhere"], "nowhere/rat_meta.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("flags, sentence", BAD.values(), ids=BAD)
+def test_bad_input_has_its_sentence(check, tiny_data, flags, sentence):
+    good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data]
+    check(*good)
+    with pytest.raises((UserError, PatternError), match=sentence) as caught:
+        check(*good, *flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_size_names_the_flag(check, tiny_data):
+    with pytest.raises(UserError, match="--num-layers is missing: give it, or a --rat-preset"):
+        check("--data-path", tiny_data)
+
+
+@pytest.mark.parametrize("flags", [["--no-rat-recurrence"], ["--num-layers", "3"], ["--hidden-size", "64"], ["--ffn-hidden-size", "96"]])
+def test_checkpoint_of_another_architecture(check, one_iteration, tiny_data, flags):
+    good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data]
+    for start in ("--pretrained-checkpoint", "--load", "--save"):
+        check(*good, start, one_iteration)
+        with pytest.raises(UserError, match="the checkpoint in .* has .*, this run asks for"):
+            check(*good, start, one_iteration, *flags)
+
+
+def test_damaged_shards_are_found_before_training(check, tiny_data, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tmp_path / "data"]
+    check(*good)
+    shard = next((tmp_path / "data" / "train").glob("*.mds"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="shard .* has .* bytes instead of"):
+        check(*good)
+    shard.unlink()
+    with pytest.raises(UserError, match="shard .* is missing"):
+        check(*good)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence", [(["--rat-pattern", "d16x"], "unknown attention pattern"), (["--eval-iters", "9999"], "use --eval-iters")]
+)
+def test_the_program_ends_with_exit_code_2_and_no_trace(tiny_data, tmp_path, flags, sentence):
+    save = tmp_path / "run"
+    result = pretrain(*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data, "--save", save, *flags, check=False)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("error: ") and sentence in last
+    assert "Traceback" not in result.stderr + result.stdout and not save.exists()
+
+
+def test_report_puts_runs_side_by_side(tmp_path):
+    def run(name, pattern, **losses):
+        content = {"pattern": pattern, "patterns": losses, "tokens_per_second": 5.0, "iteration": 7}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+
+    run("base", "dense", dense=2.0, d16=2.5)
+    run("adapted", "d16", dense=2.2, d16=2.1)
+    run("plain", "dense", dense=2.1, d16=4.0)
+    flags = ["--pretrained", tmp_path / "base", "--adapted", tmp_path / "adapted", "--baseline", tmp_path / "plain"]
+    command = [sys.executable, "-m", "rat_megatron.cli.main", "report"]
+    result = subprocess.run([*command, tmp_path / "out", *flags], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["patterns"] == {"dense": {"pretrained": 2.0}, "d16": {"pretrained": 2.5, "adapted": 2.1}}
+    assert report["baseline"] == {"dense": {"pretrained": 2.1}, "d16": {"pretrained": 4.0}} and report["tokens_per_second"] == 5.0
+    assert (tmp_path / "out" / "report.png").stat().st_size > 5000 and "2.100" in result.stdout
+    missing = subprocess.run([*command, tmp_path / "out", "--pretrained", tmp_path / "none"], capture_output=True, text=True)
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "report.json does not exist" in missing.stderr
