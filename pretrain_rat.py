@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 pretrain_rat.py --rat-preset 1.5b --data-path DATA -
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -36,7 +37,23 @@ from rat_megatron.training.patterns_eval import RestartableIterator, loss_name  
 
 
 def data_provider(num_samples: list[int | None], vp_stage: int | None = None):
-    """Iterators of microbatches for training, positioned by the samples consumed so far, and for validation; no test set."""
+    """Iterators of microbatches for training, positioned by the samples consumed so far, and for validation; no test set.
+
+    Megatron calls it once for every virtual pipeline chunk: each gets iterators of its own over the same batches.
+    """
+    if not vp_stage:
+        train, valid = _build_batches()
+        chunks = get_args().virtual_pipeline_model_parallel_size or 1
+        data_provider.of_chunks = [(branch, valid) for branch in (itertools.tee(train, chunks) if train else [None] * chunks)]
+    train, valid = data_provider.of_chunks[vp_stage or 0]
+    return train and ReplayIterator(train), valid and RestartableIterator(valid), None
+
+
+data_provider.is_distributed = True  # every rank reads its own samples; ranks of one model replica read the same
+
+
+def _build_batches():
+    """What the streams of --data-path give this rank: training microbatches without end and those of one validation."""
     args = get_args()
     streams = parse_data_path(args.data_path)
     common = {
@@ -48,7 +65,7 @@ def data_provider(num_samples: list[int | None], vp_stage: int | None = None):
     }
     train = valid = None
     if not args.skip_train:
-        batches = train_batches(
+        train = train_batches(
             streams,
             global_batch_size=args.global_batch_size,
             micro_batch_size=args.micro_batch_size,
@@ -56,20 +73,15 @@ def data_provider(num_samples: list[int | None], vp_stage: int | None = None):
             consumed_samples=args.consumed_train_samples,
             **common,
         )
-        train = ReplayIterator(batches)
     if args.eval_iters:
-        batches = validation_batches(
+        valid = validation_batches(
             streams,
             global_batch_size=args.eval_global_batch_size,
             micro_batch_size=args.eval_micro_batch_size,
             num_samples=args.eval_iters * args.eval_global_batch_size,
             **common,
         )
-        valid = RestartableIterator(batches)
-    return train, valid, None
-
-
-data_provider.is_distributed = True  # every rank reads its own samples; ranks of one model replica read the same
+    return train, valid
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -79,14 +91,20 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, tor
 
 
 def loss_func(loss_mask: torch.Tensor, name: str, output: torch.Tensor):
-    """Summed cross-entropy of the tokens that count, how many they are, and both for the log. output, loss_mask [b, s]."""
+    """Summed cross-entropy of the tokens that count, how many they are, and both for the log. output, loss_mask [b, s / cp]."""
+    args = get_args()
     loss = (output.float() * loss_mask).sum()
     num_tokens = loss_mask.sum().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
+    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    if args.check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
             result=loss, rejection_func=torch.isnan, message="found NaN in local forward loss calculation", tolerance=0.0, fatal=True
         )
-    return loss, num_tokens, {name: torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+    if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        # Megatron divides by this number and averages over the ranks: make that the mean over all their tokens.
+        torch.distributed.all_reduce(num_tokens, group=mpu.get_context_parallel_group())
+        loss = loss * args.context_parallel_size
+    return loss, num_tokens, {name: report}
 
 
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel):
@@ -105,12 +123,12 @@ def main() -> None:
         args = parse_arguments()
         config = pretrain_cfg_container_from_args(args, rat_model_config_from_args(args))
         if ON_CPU:
-            patch_megatron_for_cpu()
+            patch_megatron_for_cpu(args.async_save)
         install_hooks(args)
         alone = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()  # plain python needs no rendezvous
         pretrain(config, data_provider, ModelType.encoder_or_decoder, forward_step, store=alone)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    torch.distributed.destroy_process_group()

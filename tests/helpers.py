@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -54,3 +55,33 @@ def arl_run_flags(start: Path, data: Path, folder: Path) -> list[str | Path]:
         "--rat-eval-patterns", "dense", "d16", "[d8,d16w8s4]", "--train-iters", 20, "--lr-warmup-iters", 4,
         "--save", folder / "checkpoints", "--save-interval", 5, "--tensorboard-dir", folder / "tensorboard",
     ]  # fmt: skip
+
+
+def prepare_tiny_data(folder: Path, seq_length: int) -> Path:
+    """Prepares the documentation of a few Python modules as training data with a vocabulary of 300; returns its folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from rat_megatron.data.prepare import prepare
+
+    texts = [doc for name in ("argparse", "json", "logging", "random", "typing", "string") for doc in _docstrings(name)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eod>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eod>").save_pretrained(folder / "tokenizer")
+    data = folder / "data"
+    prepare([folder / "text.jsonl"], data, tokenizer=str(folder / "tokenizer"), seq_length=seq_length, workers=1, val_fraction=0.2)
+    return data
+
+
+def _docstrings(module_name: str) -> list[str]:
+    import ast
+    import importlib
+
+    tree = ast.parse(Path(importlib.import_module(module_name).__file__).read_text())
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return [doc for node in ast.walk(tree) if isinstance(node, kinds) and (doc := ast.get_docstring(node))]

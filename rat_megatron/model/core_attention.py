@@ -9,10 +9,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_pg_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from rat_megatron.ops.dilated_attention import dilated_attention
+from rat_megatron.parallel.context_parallel import attention_context_parallel
 from rat_megatron.pattern import AttentionPattern
 
 
@@ -37,7 +38,7 @@ class RATCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.tp_rank = get_pg_rank(pg_collection.tp) if pg_collection is not None else 0
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.dense = None
         if dense_attention is not None:
             self.dense = dense_attention(
@@ -69,8 +70,12 @@ class RATCoreAttention(MegatronModule):
         if self.pattern.is_dense and self.dense is not None:
             return self.dense(query, key, value, attention_mask, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params)
         heads = query.shape[2]
-        pattern = self.pattern.head_slice(self.tp_rank * heads, heads)
-        return dilated_attention(query, key, value, pattern, self.softmax_scale).flatten(2)  # [sq, b, np, hn] -> [sq, b, np * hn]
+        pattern = self.pattern.head_slice(self.pg_collection.tp.rank() * heads, heads)
+        if self.pg_collection.cp.size() > 1:
+            output = attention_context_parallel(query, key, value, pattern, self.softmax_scale, self.pg_collection.cp)
+        else:
+            output = dilated_attention(query, key, value, pattern, self.softmax_scale)
+        return output.flatten(2)  # [sq, b, np, hn] -> [sq, b, np * hn]
 
 
 def set_attention_pattern(model_chunks: Iterable[MegatronModule], pattern: AttentionPattern) -> None:

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from rat_megatron.ops.gated_scan import gated_scan
+from rat_megatron.parallel.context_parallel import gated_scan_context_parallel
 
 
 class RATSelfAttention(SelfAttention):
@@ -67,7 +68,10 @@ class RATSelfAttention(SelfAttention):
         query_width = self.num_attention_heads_per_partition // groups * hn
         mixed_qkv = mixed_qkv.unflatten(-1, (groups, -1))  # [s, b, ng, 2 * np/ng * hn + 3 * hn]
         query, gate, key, value, forget_gate = torch.split(mixed_qkv, [query_width, query_width, hn, hn, hn], dim=-1)
-        key, value, _ = gated_scan(forget_gate, key, value)
+        if self.pg_collection.cp.size() > 1:
+            key, value = gated_scan_context_parallel(forget_gate, key, value, self.pg_collection.cp)
+        else:
+            key, value, _ = gated_scan(forget_gate, key, value)
         query = query.reshape(*query.shape[:2], -1, hn)  # [s, b, ng, np/ng * hn] -> [s, b, np, hn]
         gate = gate.reshape(*gate.shape[:2], -1, hn)
         return query, key, value, gate

@@ -77,24 +77,62 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: floa
 
 
 def _kept_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
-    """Attention without [s, s] scores or mask. q [b, np, s, hn], k and v [b, ng, s, hn]; returns [b, np, s, hn].
+    """Attention of a whole sequence without [s, s] scores or mask. q [b, np, s, hn], k and v [b, ng, s, hn]; returns [b, np, s, hn]."""
+    kept_at = kept_positions(head, q.shape[2])
+    kept_k, kept_v = (x[:, :, kept_at.to(x.device)] for x in (k, v))
+    return _attend_in_blocks(q, k, v, kept_k, kept_v, kept_at, head, softmax_scale, start=0)
+
+
+def kept_positions(head: HeadPattern, length: int) -> torch.Tensor:
+    """Positions [n], in order, that the pattern keeps of ``length`` tokens wherever the query is: dilated ones and sinks."""
+    return HeadPattern(head.dilation, sinks=head.sinks).kept_positions(length)
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept_k: torch.Tensor,
+    kept_v: torch.Tensor,
+    kept_at: torch.Tensor,
+    head: HeadPattern,
+    softmax_scale: float,
+    start: int,
+) -> torch.Tensor:
+    """Attention of a stretch of a longer sequence, for one positional pattern: what context parallelism runs on each of its chunks.
+
+    q: [s, b, np, hn], the tokens from position ``start`` on. k and v: [h + s, b, ng, hn], the same tokens and the h before them, with
+    h >= min(window, start). kept_k and kept_v: [n, b, ng, hn], keys at kept_at [n] (on the CPU, in order), with all of kept_positions()
+    before the first of k. Returns [s, b, np, hn].
+    """
+    q, k, v, kept_k, kept_v = (x.permute(1, 2, 0, 3) for x in (q, k, v, kept_k, kept_v))
+    return _attend_in_blocks(q, k, v, kept_k, kept_v, kept_at, head, softmax_scale, start).permute(2, 0, 1, 3)
+
+
+def _attend_in_blocks(q, k, v, kept_k, kept_v, kept_at, head: HeadPattern, softmax_scale: float, start: int) -> torch.Tensor:
+    """segment_attention with heads in front: q [b, np, s, hn], k and v [b, ng, h + s, hn], kept_k and kept_v [b, ng, n, hn].
 
     Every block of queries runs one softmax over two sets of keys: the blocks that its window reaches, in full, and before them only
     the dilated and sink keys. The exact mask over this short list of keys decides.
     """
-    at = torch.arange(q.shape[2])
-    kept_at = HeadPattern(head.dilation, sinks=head.sinks).kept_positions(q.shape[2])
-    kept_k, kept_v = (x[:, :, kept_at.to(x.device)] for x in (k, v))
+    before = k.shape[2] - q.shape[2]
+    at = torch.arange(start - before, start + q.shape[2])
     # Blocks come from one split, so that backward writes every gradient once, not a full-length one for every block.
-    blocks_k, blocks_v, blocks_at = k.split(_BLOCK, dim=2), v.split(_BLOCK, dim=2), at.split(_BLOCK)
+    sizes = _block_sizes(before)[::-1] + _block_sizes(q.shape[2])
+    blocks_k, blocks_v, blocks_at = k.split(sizes, dim=2), v.split(sizes, dim=2), at.split(sizes)
+    first = len(_block_sizes(before))  # the block of keys at which the queries begin
     reach = -(-head.window // _BLOCK)
 
     outputs = []
-    for i, q_block in enumerate(q.split(_BLOCK, dim=2)):
+    for i, q_block in enumerate(q.split(_BLOCK, dim=2), start=first):
         local = slice(max(0, i - reach), i + 1)
-        old = int(torch.searchsorted(kept_at, local.start * _BLOCK))
+        old = int(torch.searchsorted(kept_at, int(blocks_at[local.start][0])))
         keys = torch.cat([kept_k[:, :, :old], *blocks_k[local]], dim=2)
         values = torch.cat([kept_v[:, :, :old], *blocks_v[local]], dim=2)
         mask = head.mask(blocks_at[i][:, None], torch.cat([kept_at[:old], *blocks_at[local]]))
         outputs.append(_sdpa(q_block, keys, values, softmax_scale, attn_mask=mask.to(q.device)))
     return torch.cat(outputs, dim=2)
+
+
+def _block_sizes(length: int) -> list[int]:
+    return [_BLOCK] * (length // _BLOCK) + [length % _BLOCK] * (length % _BLOCK > 0)

@@ -46,6 +46,18 @@ def scan_summary(f: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
     return torch.stack([decay, *ends])
 
 
+@torch.no_grad()
+def adjoint_summary(f: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor) -> torch.Tensor:
+    """The gradient of the initial state that comes from a stretch's own outputs; one from after it arrives A times as large.
+
+    f: [s, b, ng, hn]; grad_k and grad_v: [s, b, ng, hn], the gradients of k~ and v~. Returns fp32 (float64 for float64) [2, b, ng, hn].
+    The counterpart of scan_summary for the backward pass.
+    """
+    gate, _ = _gates(f, _check(f, grad_k, grad_v))
+    _, first = _reduce(gate.roll(-1, 0).flip(0), torch.stack([grad_k, grad_v]).to(gate.dtype).flip(1))
+    return gate[0] * first
+
+
 class _GatedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, k, v, initial_state):

@@ -12,8 +12,10 @@ import importlib
 import logging
 import multiprocessing
 import os
+import queue
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,18 +29,20 @@ def use_cpu_if_no_cuda() -> bool:
         return False
     if not getattr(torch.cuda, "_rat_cpu_platform", False):
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's fusers would otherwise compile for minutes
-        importlib.import_module("torch._dynamo")  # it lists torch's functions when imported, and stumbles over replaced ones
+        importlib.import_module("torch._dynamo").config.disable = True  # also those that were made before
         warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine)")  # neither runs without CUDA
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
         _replace_cuda_functions()
         _CudaWordsMeanCpu().__enter__()
+        # torch turns a mode off while it handles a function; Tensor.backward is one, and runs the backward functions of Megatron.
+        torch.autograd._engine_run_backward = _with_cuda_words(torch.autograd._engine_run_backward)
         torch.cuda._rat_cpu_platform = True
         if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
             print("rat-megatron: no CUDA device here, running on the CPU over gloo", flush=True)
     return True
 
 
-def patch_megatron_for_cpu() -> None:
+def patch_megatron_for_cpu(async_save: bool = False) -> None:
     """Lifts the few places where Megatron insists on CUDA; call after use_cpu_if_no_cuda() returned True."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as megatron_random
@@ -49,8 +53,10 @@ def patch_megatron_for_cpu() -> None:
     # torch queues these calls until CUDA comes up, which is never.
     megatron_random._lazy_call = lambda call: call()
     megatron_random._lazy_init = lambda: None
-    # Checkpoint writers are spawned to keep clear of CUDA, and import the whole program anew; without CUDA a fork does.
-    filesystem_async.get_write_results_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
+    if not async_save:
+        # Writers report through a process of their own, spawned to keep clear of CUDA: it imports the whole program anew, and outlives
+        # a killed run. Without CUDA, and without writing in the background, a queue in this process does.
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _is_cuda(device: Any) -> bool:
@@ -77,6 +83,14 @@ class _CudaWordsMeanCpu(TorchFunctionMode):
             # The optimizer sorts parameters by the names of CUDA tensor types.
             return func(args[0]).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)
+
+
+def _with_cuda_words(function: Callable) -> Callable:
+    def run(*args, **kwargs):
+        with _CudaWordsMeanCpu():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class _NoStream:
@@ -108,6 +122,7 @@ class _NoStream:
 
 
 def _replace_cuda_functions() -> None:
+    """Gives torch.cuda's functions a meaning on the CPU. Each gets a function of its own: Dynamo refuses one under two names."""
     cuda = torch.cuda
     stream = _NoStream()
 
@@ -121,19 +136,23 @@ def _replace_cuda_functions() -> None:
 
     # The CPU's own generator stands for the device's.
     cuda.default_generators = (torch.default_generator,)
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
 
     cuda.Stream = cuda.Event = _NoStream
-    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.current_stream = lambda device=None: stream
+    cuda.default_stream = lambda device=None: stream
     cuda.stream = lambda stream=None: contextlib.nullcontext()
-    cuda.set_device = cuda.set_stream = cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
-    cuda.is_current_stream_capturing = lambda: False
     cuda.device = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
-
-    for query in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved", "device_memory_used"):
-        setattr(cuda, query, lambda device=None: 0)
-    cuda.reset_peak_memory_stats = lambda device=None: None
+    cuda.is_current_stream_capturing = lambda: False
+    for module, name in [(cuda, name) for name in _NOTHING_TO_DO] + [(cuda.nvtx, "range_push"), (cuda.nvtx, "range_pop")]:
+        setattr(module, name, lambda *args, **kwargs: None)
+    for name in _NO_MEMORY:
+        setattr(cuda, name, lambda device=None: 0)
     cuda.memory_stats = lambda device=None: defaultdict(int)
+
+
+_NOTHING_TO_DO = ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats")
+_NO_MEMORY = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved", "device_memory_used")

@@ -150,10 +150,41 @@ def _check_layout(args: Namespace) -> None:
         raise UserError(f"--tensor-model-parallel-size {tp} does not divide the {groups} query groups: choose a divisor of {groups}")
     if args.hidden_size % args.num_attention_heads and args.kv_channels is None:
         raise UserError(f"--num-attention-heads {args.num_attention_heads} does not divide --hidden-size {args.hidden_size}")
-    if args.context_parallel_size > 1:
-        raise UserError("--context-parallel-size above 1 is not supported yet: use tensor, pipeline or data parallelism")
-    if args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank:
-        raise UserError("virtual pipeline stages are not supported yet: leave the flag out")
+    if args.sequence_parallel and tp == 1:
+        raise UserError("--sequence-parallel shares the sequence among tensor-parallel ranks: give --tensor-model-parallel-size above 1")
+    chunks = 2 * args.context_parallel_size
+    if args.context_parallel_size > 1 and args.seq_length % chunks:
+        raise UserError(
+            f"--context-parallel-size {args.context_parallel_size} cuts a sequence into {chunks} chunks: "
+            f"--seq-length {args.seq_length} must be a multiple of {chunks}"
+        )
+    per_rank = args.seq_length // args.context_parallel_size
+    if args.sequence_parallel and per_rank % tp:
+        raise UserError(f"--sequence-parallel: --tensor-model-parallel-size {tp} must divide the {per_rank} tokens of a rank")
+    _check_pipeline(args)
+
+
+def _check_pipeline(args: Namespace) -> None:
+    pp, layers = args.pipeline_model_parallel_size, args.num_layers
+    uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers, args.pipeline_model_parallel_layout)
+    if any(uneven) or args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split:
+        return  # Megatron checks what its own flags lay out
+    if layers % pp:
+        raise UserError(f"--pipeline-model-parallel-size {pp} does not divide the {layers} layers: choose a divisor of {layers}")
+    per_stage = layers // pp
+    virtual = args.num_virtual_stages_per_pipeline_rank
+    if args.num_layers_per_virtual_pipeline_stage:
+        if per_stage % args.num_layers_per_virtual_pipeline_stage:
+            raise UserError(
+                f"--num-layers-per-virtual-pipeline-stage {args.num_layers_per_virtual_pipeline_stage} does not divide "
+                f"the {per_stage} layers of a pipeline stage"
+            )
+        virtual = per_stage // args.num_layers_per_virtual_pipeline_stage
+    if virtual and virtual > 1 and (pp == 1 or per_stage % virtual):
+        raise UserError(
+            f"{virtual} virtual pipeline stages need --pipeline-model-parallel-size above 1 and a number that divides "
+            f"the {per_stage} layers of a pipeline stage"
+        )
 
 
 def _check_patterns(args: Namespace) -> dict[str, Any]:
@@ -166,11 +197,25 @@ def _check_patterns(args: Namespace) -> dict[str, Any]:
         return str(pattern)
 
     target = shortest(args.rat_pattern)
+    _check_dilations(args, [target, *([] if arl == "none" else [arl]), *(args.rat_eval_patterns or [])])
     return {
         "rat_pattern": target,
         "rat_arl_pattern": arl if arl == "none" else shortest(arl),
         "rat_eval_patterns": [shortest(word) for word in args.rat_eval_patterns or [target]],
     }
+
+
+def _check_dilations(args: Namespace, words: list[str]) -> None:
+    """Under context parallelism a chunk is whole dilation steps: ranks then gather equal numbers of kept keys."""
+    chunk = args.seq_length // (2 * args.context_parallel_size)
+    if args.context_parallel_size == 1:
+        return
+    for head in (head for word in words for layer in AttentionPattern.parse(word).layers for head in layer.heads):
+        if not head.blocks and head.dilation and chunk % head.dilation:
+            raise UserError(
+                f"attention pattern '{head}' does not fit --context-parallel-size {args.context_parallel_size}: its dilation must divide "
+                f"the chunk of {chunk} tokens (--seq-length / (2 * --context-parallel-size))"
+            )
 
 
 def _check_data(args: Namespace) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from typing import Any
 import megatron.training.checkpointing as checkpointing
 import megatron.training.initialize as initialize
 import megatron.training.training as training
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.msc_utils import maybe_msc
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rat_megatron.pattern import AttentionPattern
 from rat_megatron.training.arl import arl_train_step
@@ -47,6 +50,9 @@ def install_hooks(args: Namespace) -> None:
     # RAT+ decays every parameter, norms included.
     training.get_megatron_optimizer_config = _decay_every_parameter(training.get_megatron_optimizer_config)
 
+    # Checking a checkpoint's keys (--dist-ckpt-strictness) fails on the strides that newer versions of torch note beside them.
+    TorchDistLoadShardedStrategy.load_tensors_metadata = _without_strides(TorchDistLoadShardedStrategy.load_tensors_metadata)
+
     # A finished run that is started again would write its last checkpoint over itself, and a kill meanwhile would lose it.
     training.save_checkpoint_and_time = _unless_saved(training.save_checkpoint_and_time, args)
 
@@ -60,6 +66,17 @@ def _decay_every_parameter(get_megatron_optimizer_config):
         return config, {key: value for key, value in overrides.items() if value.get("wd_mult") != 0.0}
 
     return get_config
+
+
+def _without_strides(load_tensors_metadata: Callable) -> Callable:
+    def load(self: Any, checkpoint_dir: Path, metadata: Any = None) -> Any:
+        metadata = metadata or FileSystemReader(checkpoint_dir).read_metadata()
+        for entry in metadata.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                vars(entry.properties).pop("strides", None)
+        return load_tensors_metadata(self, checkpoint_dir, metadata)
+
+    return load
 
 
 def _unless_saved(save_checkpoint_and_time: Callable, args: Namespace) -> Callable:

@@ -1,0 +1,1 @@
+"""Context parallelism of RAT+ layers."""

@@ -1,0 +1,144 @@
+"""Runs pretrain_rat.py inside this process for one parallel layout after another, and on one rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 4 --seq-length 512 "
+    "--micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --log-interval 100 "
+    "--eval-iters 1 --eval-interval 100 --num-workers 0 --save-interval 1000 --dist-ckpt-strictness raise_all --seed 7"
+).split()
+
+
+@dataclass
+class Run:
+    """What a run left: the losses of each iteration and of the validation, its checkpoint, and the gradients of its first step."""
+
+    losses: list[dict[str, float]]
+    checkpoint: Path
+    gradients: Path
+
+
+def train(folder: Path, *flags: str | Path, alone: bool = False) -> Run:
+    """Trains under the flags' layout, on all ranks or (``alone``) on each rank by itself, in ``folder``."""
+    flags = [*MODEL, *map(str, flags), "--save", str(folder / "checkpoints")]
+    with _single_rank() if alone else _nothing(), _megatron_restored(), _command_line(flags):
+        from megatron.training import training
+
+        import pretrain_rat
+
+        losses: list[dict[str, float]] = []
+        _record(training, "training_log", lambda args, _: losses.append({name: float(value) for name, value in args[0].items()}))
+        _record(training, "evaluate", lambda _, result: losses.append({name: float(value) for name, value in result[0].items()}))
+        _save_first_gradients(training, folder / "gradients")
+        pretrain_rat.main()
+    if not alone:
+        every = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, losses)
+        losses = max(every, key=lambda rank: len(rank[0]))  # the last pipeline stage has them
+    return Run(losses, folder / "checkpoints", folder / "gradients")
+
+
+def _record(module, name: str, note) -> None:
+    """Has note(args, result) see every call of a function of Megatron's."""
+    function = getattr(module, name)
+
+    def recording(*args, **kwargs):
+        result = function(*args, **kwargs)
+        note(args, result)
+        return result
+
+    setattr(module, name, recording)
+
+
+def _save_first_gradients(training, folder: Path) -> None:
+    """Saves the whole gradient of the first step as a checkpoint of its own, in the weights' place and layout."""
+    from megatron.core import dist_checkpointing
+
+    finalize = training.finalize_model_grads
+
+    def finalize_and_save(model, *args, **kwargs):
+        finalize(model, *args, **kwargs)
+        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+        if folder.exists() or any(chunk.ddp_config.use_distributed_optimizer for chunk in model):  # which keeps shards of gradients only
+            return
+        torch.distributed.barrier()
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.main_grad
+        state = {f"chunk{index}": chunk.module.sharded_state_dict() for index, chunk in enumerate(model)}
+        dist_checkpointing.save(state, str(folder))
+        for parameter, data in zip(parameters, weights, strict=True):
+            parameter.data = data
+
+    training.finalize_model_grads = finalize_and_save
+
+
+def tensors(folder: Path, weights_only: bool = False) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, optimizer state included unless weights_only, whole, whatever layout wrote it."""
+    checkpoint = TorchDistCheckpoint(find_iteration(folder))
+    return {key: checkpoint.read(key) for key in checkpoint.tensors if not (weights_only and key.startswith("optimizer."))}
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _single_rank() -> Iterator[None]:
+    """For a while every process is the only rank of its own group."""
+    outside = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    torch.distributed.destroy_process_group()
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        os.environ.update(outside)
+        join_ranks()
+
+
+def join_ranks() -> None:
+    """Forms the group of all ranks, again if need be: what an earlier one left in torchrun's store is kept apart by a prefix."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    join_ranks.times = getattr(join_ranks, "times", 0) + 1
+    store = torch.distributed.PrefixStore(f"group{join_ranks.times}", store)
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=size)
+
+
+@contextmanager
+def _megatron_restored() -> Iterator[None]:
+    """Takes back what a run leaves in Megatron: our hooks, its globals and groups."""
+    from megatron.training import checkpointing, initialize, training
+
+    before = [(module, dict(vars(module))) for module in (checkpointing, initialize, training)]
+    try:
+        yield
+    finally:
+        training.destroy_global_state()
+        for module, names in before:
+            vars(module).update(names)
+
+
+@contextmanager
+def _command_line(flags: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = ["pretrain_rat.py", *flags]
+    try:
+        yield
+    finally:
+        sys.argv = before
