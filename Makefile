@@ -9,8 +9,9 @@ help:  ## show this list
 quickstart: .venv/installed  ## a whole small run, with or without a GPU: examples/quickstart.sh
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-test: .venv/installed  ## run the tests
+test: .venv/installed  ## run the tests: one process, then the parallel layouts on four
 	.venv/bin/python -m pytest
+	.venv/bin/torchrun --standalone --nproc-per-node 4 --local-ranks-filter 0 -m pytest tests/distributed
 
 lint: .venv/installed  ## check style
 	.venv/bin/ruff check .

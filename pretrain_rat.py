@@ -31,7 +31,7 @@ from rat_megatron.model.builder import rat_model_config_from_args  # noqa: E402
 from rat_megatron.model.core_attention import get_attention_pattern  # noqa: E402
 from rat_megatron.pattern import AttentionPattern  # noqa: E402
 from rat_megatron.training.arguments import parse_arguments  # noqa: E402
-from rat_megatron.training.arl import ReplayIterator  # noqa: E402
+from rat_megatron.training.arl import StepIterator  # noqa: E402
 from rat_megatron.training.megatron_hooks import install_hooks  # noqa: E402
 from rat_megatron.training.patterns_eval import RestartableIterator, loss_name  # noqa: E402
 
@@ -46,7 +46,7 @@ def data_provider(num_samples: list[int | None], vp_stage: int | None = None):
         chunks = get_args().virtual_pipeline_model_parallel_size or 1
         data_provider.of_chunks = [(branch, valid) for branch in (itertools.tee(train, chunks) if train else [None] * chunks)]
     train, valid = data_provider.of_chunks[vp_stage or 0]
-    return train and ReplayIterator(train), valid and RestartableIterator(valid), None
+    return train and StepIterator(train), valid and RestartableIterator(valid), None
 
 
 data_provider.is_distributed = True  # every rank reads its own samples; ranks of one model replica read the same

@@ -27,13 +27,12 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def gated_scan(gate: torch.Tensor, x: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
-    """h_t = g_t * h_{t-1} + (1 - g_t) * x_t along the second last dimension.
+def gated_scan(gate: torch.Tensor, update: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
+    """h_t = g_t * h_{t-1} + u_t along the second last dimension; in RAT+, u_t = (1 - g_t) * x_t.
 
-    gate [b, np, t, hn], x [..., b, np, t, hn] and the state before the first token [..., b, np, 1, hn] (zeros when None), all in
-    the dtype to compute in; returns h, shaped like x.
+    gate [b, np, t, hn], update [..., b, np, t, hn] and the state before the first token [..., b, np, 1, hn] (zeros when None), all in
+    the dtype to compute in; returns h, shaped like update.
     """
-    update = (1 - gate) * x
     if state is not None:
         update = torch.cat([update[..., :1, :] + gate[..., :1, :] * state, update[..., 1:, :]], dim=-2)
     return _scan(gate, update)
@@ -190,11 +189,13 @@ class RatPlusAttention(nn.Module):
         self, hidden_states: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: VisibleKeys, past_key_values: RatPlusCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """k~, v~ [b, np, t, hn] in the dtype of k, and the state after the last token, [2, b, np, 1, hn] in fp32."""
-        gate = torch.sigmoid(_wide(self._heads(self.forget_gate_proj(hidden_states))))
+        logits = _wide(self._heads(self.forget_gate_proj(hidden_states)))
+        gate, keep = torch.sigmoid(logits), torch.sigmoid(-logits)  # 1 - gate would lose its digits where the gate is near 1
         if visible.padded:
-            gate = torch.where(visible.real.to(gate.device), gate, 1.0)  # padding leaves the state as it is
+            real = visible.real.to(gate.device)  # padding leaves the state as it is
+            gate, keep = torch.where(real, gate, 1.0), torch.where(real, keep, 0.0)
         past = past_key_values.get_state(self.layer_idx) if past_key_values is not None else None
-        smoothed = gated_scan(gate, _wide(torch.stack([k, v])), past)
+        smoothed = gated_scan(gate, keep * _wide(torch.stack([k, v])), past)
         k, v = smoothed.to(k.dtype)
         return k, v, smoothed[..., -1:, :].clone()  # a copy: a view would keep the whole scan alive in the cache
 

@@ -166,6 +166,9 @@ def _check_layout(args: Namespace) -> None:
 
 def _check_pipeline(args: Namespace) -> None:
     pp, layers = args.pipeline_model_parallel_size, args.num_layers
+    if pp > 1 and args.context_parallel_size > 1:
+        # Megatron has no rank order for the two in which ranks that read the same samples are neighbours.
+        raise UserError("--pipeline-model-parallel-size and --context-parallel-size above 1 are not supported together yet: choose one")
     uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers, args.pipeline_model_parallel_layout)
     if any(uneven) or args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split:
         return  # Megatron checks what its own flags lay out

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
 from megatron.training.global_vars import get_args
 from megatron.training.training import force_param_sync, should_disable_forward_pre_hook
@@ -17,37 +18,46 @@ from rat_megatron.model.core_attention import set_attention_pattern
 from rat_megatron.pattern import AttentionPattern
 
 
-class ReplayIterator:
-    """An iterator of microbatches that can give the ones it gave since ``mark()`` once more.
+class StepIterator:
+    """An iterator of microbatches that draws those of a training step at once and can give them again.
 
-    Megatron's RerunDataIterator, which wraps it, forgets its own copies at every training step.
+    Drawing may wait for the node's other ranks, where the data begins a new epoch; under pipeline parallelism those may be waiting for
+    this rank's activations. So every rank draws before it computes. Megatron's RerunDataIterator, which wraps this one, forgets its own
+    copies at every call of its training step.
     """
 
     def __init__(self, source: Iterator[Any]):
         self._source = source
-        self._marked = False
-        self._taken: list[Any] = []
-        self._replay: list[Any] = []
+        self._step: list[Any] = []
+        self._position = 0
 
-    def __iter__(self) -> ReplayIterator:
+    def __iter__(self) -> StepIterator:
         return self
 
     def __next__(self) -> Any:
-        if self._replay:
-            return self._replay.pop(0)
-        item = next(self._source)
-        if self._marked:
-            self._taken.append(item)
-        return item
+        if self._position == len(self._step):  # a step that was not loaded: Megatron's --iterations-to-skip
+            self._step.append(next(self._source))
+        self._position += 1
+        return self._step[self._position - 1]
 
-    def mark(self) -> None:
-        """Starts remembering what is given out."""
-        self._marked, self._taken = True, []
+    def load(self, count: int) -> None:
+        """Draws the next ``count`` microbatches, in the place of those before."""
+        self._step, self._position = [next(self._source) for _ in range(count)], 0
 
     def rewind(self) -> None:
-        """Gives everything since ``mark()`` again, then goes on."""
-        self._replay = self._taken + self._replay
-        self._marked, self._taken = False, []
+        """Goes back to the first microbatch of the step."""
+        self._position = 0
+
+
+def step_loaded_first(train_step: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Wraps Megatron's ``train_step`` so that its microbatches are drawn before anything is computed."""
+
+    def step(forward_step_func, data_iterator, *args, **kwargs):
+        for iterator in unwrap_iterators(data_iterator):
+            iterator.load(get_num_microbatches())
+        return train_step(forward_step_func, data_iterator, *args, **kwargs)
+
+    return step
 
 
 def unwrap_iterators(data_iterator: Any) -> list[Any]:
@@ -70,9 +80,6 @@ def arl_train_step(train_step: Callable[..., tuple], sparse: AttentionPattern, d
     """
 
     def step(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, *args, **kwargs):
-        iterators = unwrap_iterators(data_iterator)
-        for iterator in iterators:
-            iterator.mark()
         set_attention_pattern(model, sparse)
         first = train_step(forward_step_func, data_iterator, model, optimizer, _HeldScheduler(), *args, **kwargs)
         set_attention_pattern(model, dense)
@@ -80,7 +87,7 @@ def arl_train_step(train_step: Callable[..., tuple], sparse: AttentionPattern, d
         if should_exit:
             return first
 
-        for iterator in iterators:
+        for iterator in unwrap_iterators(data_iterator):
             iterator.rewind()
         _gather_updated_parameters(model, optimizer)
         get_rerun_state_machine().current_iteration -= 1  # a pair counts as one iteration

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rat_megatron.pattern import AttentionPattern
-from rat_megatron.training.arl import arl_train_step
+from rat_megatron.training.arl import arl_train_step, step_loaded_first
 from rat_megatron.training.flops import iteration_flops
 from rat_megatron.training.metrics import RunReport
 from rat_megatron.training.patterns_eval import evaluate_patterns, record_losses
@@ -34,10 +34,10 @@ def install_hooks(args: Namespace) -> None:
     # The wheel brings Megatron's dataset helpers compiled and no Makefile: the make that this function runs would end the program.
     initialize._compile_dependencies = lambda: None
 
-    # One iteration is two steps, and its duration is noted; train() calls the module's global.
+    # One iteration is two steps on microbatches drawn beforehand, and its duration is noted; train() calls the module's global.
     if args.rat_arl_pattern != "none":
         training.train_step = arl_train_step(training.train_step, AttentionPattern.parse(args.rat_arl_pattern), target)
-    training.train_step = report.timed(training.train_step)
+    training.train_step = report.timed(step_loaded_first(training.train_step))
 
     # Validation under every pattern, and into report.json.
     patterns = [AttentionPattern.parse(word) for word in args.rat_eval_patterns]

@@ -14,9 +14,10 @@ import torch
 from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
 
 MODEL = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 4 --seq-length 512 "
-    "--micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --log-interval 100 "
-    "--eval-iters 1 --eval-interval 100 --num-workers 0 --save-interval 1000 --dist-ckpt-strictness raise_unexpected --seed 7"
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 1 --seq-length 512 "
+    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --log-interval 100 "
+    "--eval-iters 1 --eval-interval 100 --num-workers 0 --save-interval 1000 --dist-ckpt-strictness raise_unexpected --seed 7 "
+    "--distributed-timeout-minutes 3"
 ).split()
 
 
@@ -64,16 +65,20 @@ def _record(module, name: str, note) -> None:
 def _save_first_gradients(training, folder: Path) -> None:
     """Saves the whole gradient of the first step as a checkpoint of its own, in the weights' place and layout."""
     from megatron.core import dist_checkpointing
+    from megatron.core.utils import get_model_config
 
     finalize = training.finalize_model_grads
 
     def finalize_and_save(model, *args, **kwargs):
         finalize(model, *args, **kwargs)
-        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-        if folder.exists() or any(chunk.ddp_config.use_distributed_optimizer for chunk in model):  # which keeps shards of gradients only
+        training.finalize_model_grads = finalize
+        config = get_model_config(model[0])
+        config.finalize_model_grads_func = finalize  # the first step only
+        if model[0].ddp_config.use_distributed_optimizer:  # which keeps shards of gradients only
             return
-        torch.distributed.barrier()
+        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
         folder.mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
         weights = [parameter.data for parameter in parameters]
         for parameter in parameters:
             parameter.data = parameter.main_grad

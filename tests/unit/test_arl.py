@@ -10,22 +10,21 @@ import torch
 from rat_megatron.convert.to_hf import convert_to_hf
 from rat_megatron.data.streaming import parse_data_path, train_batches
 from rat_megatron.hf import RatPlusForCausalLM
-from rat_megatron.training.arl import ReplayIterator
+from rat_megatron.training.arl import StepIterator
 from tests.helpers import SEQ_LENGTH, tensorboard_scalars
 
 
-def test_replay_gives_the_same_items_again_then_goes_on():
-    iterator = ReplayIterator(iter(range(10)))
-    assert next(iterator) == 0
-    iterator.mark()
-    assert [next(iterator) for _ in range(3)] == [1, 2, 3]
+def test_a_step_is_drawn_at_once_and_given_again():
+    drawn = []
+    iterator = StepIterator(drawn.append(n) or n for n in range(10))
+    iterator.load(3)
+    assert drawn == [0, 1, 2]
+    assert [next(iterator) for _ in range(3)] == [0, 1, 2]
     iterator.rewind()
-    assert [next(iterator) for _ in range(4)] == [1, 2, 3, 4]
-    iterator.mark()
-    assert next(iterator) == 5
-    iterator.rewind()
-    iterator.mark()
-    assert [next(iterator) for _ in range(2)] == [5, 6]
+    assert [next(iterator) for _ in range(3)] == [0, 1, 2] and drawn == [0, 1, 2]
+    iterator.load(2)
+    assert [next(iterator) for _ in range(2)] == [3, 4]
+    assert next(iterator) == 5  # past what was loaded
 
 
 @pytest.fixture(scope="module")

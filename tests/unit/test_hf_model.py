@@ -129,11 +129,12 @@ def test_gated_scan_is_the_recurrence(length):
     f, x = torch.randn(2, 3, length, 4, dtype=torch.float64), torch.randn(2, 2, 3, length, 4, dtype=torch.float64)
     expected = torch.stack([reference.recurrence(one.transpose(1, 2), f.transpose(1, 2)).transpose(1, 2) for one in x])
     gate = f.sigmoid()
-    torch.testing.assert_close(gated_scan(gate, x), expected, rtol=0, atol=1e-13)
+    update = (1 - gate) * x
+    torch.testing.assert_close(gated_scan(gate, update), expected, rtol=0, atol=1e-13)
     if length > 1:  # cut anywhere, the second part goes on from the state of the first
         cut = length // 2
         start = expected[..., cut - 1 : cut, :]
-        torch.testing.assert_close(gated_scan(gate[:, :, cut:], x[..., cut:, :], start), expected[..., cut:, :], rtol=0, atol=1e-13)
+        torch.testing.assert_close(gated_scan(gate[:, :, cut:], update[..., cut:, :], start), expected[..., cut:, :], rtol=0, atol=1e-13)
 
 
 def test_gated_scan_gradient():
