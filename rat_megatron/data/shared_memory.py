@@ -10,8 +10,9 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -37,12 +38,19 @@ def clean_stale_shared_memory() -> None:
     folder = Path("/dev/shm")
     if get_local_rank() == 0 and folder.is_dir():
         blocks = [path for path in folder.glob("[0-9]*_*") if path.name.partition("_")[2] in SHM_TO_CLEAN]
-        # The blocks are listed before the processes: what a new run creates meanwhile is not among them.
-        mapped = "".join(map(_read_if_allowed, Path("/proc").glob("[0-9]*/maps"))) if blocks else ""
-        for path in blocks:
-            if f"{path}\n" not in mapped and path.stat().st_uid == os.getuid():
-                path.unlink(missing_ok=True)
+        stale = _unmapped(blocks)
+        if stale:  # or created a moment ago, and about to be mapped
+            time.sleep(0.2)
+        for path in _unmapped(stale):
+            with suppress(FileNotFoundError, PermissionError):  # live runs remove theirs; other users' are not ours to remove
+                path.unlink()
     barrier()
+
+
+def _unmapped(blocks: list[Path]) -> list[Path]:
+    """The blocks that no process has mapped. They are listed before the processes: what a new run creates meanwhile is not among them."""
+    mapped = "".join(map(_read_if_allowed, Path("/proc").glob("[0-9]*/maps"))) if blocks else ""
+    return [path for path in blocks if f"{path}\n" not in mapped]
 
 
 def _read_if_allowed(path: Path) -> str:
