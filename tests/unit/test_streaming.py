@@ -19,7 +19,7 @@ import torch
 from streaming import MDSWriter
 from streaming.base.partition import get_partitions
 
-from rat_megatron.data import streaming
+from rat_megatron.data import shared_memory, streaming
 from rat_megatron.data.streaming import Stream, check_streams, parse_data_path, train_batches, validation_batches
 from rat_megatron.errors import UserError
 
@@ -339,6 +339,11 @@ def test_shared_memory_of_a_live_run_is_left_alone(data, tmp_path):
     assert mapped and all(path.exists() for path in mapped)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
+
+
+def test_a_block_that_its_run_removes_meanwhile_is_no_concern(monkeypatch):
+    monkeypatch.setattr(shared_memory, "_unmapped", lambda blocks: [Path("/dev/shm/999999_locals")])
+    shared_memory.clean_stale_shared_memory()
 
 
 def test_runs_that_start_together_on_one_node_do_not_collide(data):
