@@ -10,6 +10,7 @@ in every epoch, as each epoch is shuffled anew. No sample comes twice in an epoc
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -245,7 +246,7 @@ def train_batches(
                     "initial_physical_nodes": 1,
                 }
             )
-            for batch in islice(_loader(dataset, share, num_workers), batches_per_epoch - first):
+            for batch in islice(_batches(_loader(dataset, share, num_workers)), batches_per_epoch - first):
                 yield from _microbatches(batch, micro_batch_size, seq_length, eod_id)
             epoch, first = epoch + 1, 0
 
@@ -291,7 +292,7 @@ class _Validation:
         self.loader, self.micro_batch_size, self.seq_length, self.eod_id = loader, micro_batch_size, seq_length, eod_id
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in self.loader:
+        for batch in _batches(self.loader):
             yield from _microbatches(batch, self.micro_batch_size, self.seq_length, self.eod_id)
 
 
@@ -362,6 +363,14 @@ def _loader(dataset: Any, share: int, num_workers: int) -> DataLoader:
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # the loader draws seeds for its workers: not from the model's generator
     )
+
+
+def _batches(loader: DataLoader) -> Iterator[torch.Tensor]:
+    """The loader's batches. Its workers ignore the signal by which a program that ends stops them, and are killed instead."""
+    batches = iter(loader)
+    for worker in getattr(batches, "_workers", []):  # there are none when this process reads itself
+        atexit.register(worker.kill)
+    return batches
 
 
 def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:

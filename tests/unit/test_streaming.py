@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -377,6 +379,15 @@ def _blocks_mapped_by(pid: int) -> set[Path]:
 def test_a_url_needs_a_cache_folder():
     with pytest.raises(UserError, match="s3://bucket/data is a URL: name a local folder for its shards with --data-cache-path"):
         check_streams([Stream("s3://bucket/data")], seq_length=T)
+
+
+def test_a_program_ends_while_its_workers_wait(data):
+    script = f"""
+from rat_megatron.data.streaming import Stream, train_batches
+batches = train_batches([Stream({data!r})], global_batch_size=24, micro_batch_size=2, seq_length=2, eod_id=3, seed=7, num_workers=2)
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=Path(__file__).parents[2])
 
 
 def test_signals_to_the_process_group_do_not_reach_the_workers(data):
