@@ -1,16 +1,18 @@
 # `make quickstart` and `make test` need only Python 3.12 and a C++ compiler: they create .venv themselves.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test test-distributed lint format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: .venv/installed  ## a whole small run, with or without a GPU: examples/quickstart.sh
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-test: .venv/installed  ## run the tests: one process, then the parallel layouts on four
+test: .venv/installed  ## run the tests
 	.venv/bin/python -m pytest
+
+test-distributed: .venv/installed  ## run the parallel layouts, on four processes
 	.venv/bin/torchrun --standalone --nproc-per-node 4 --local-ranks-filter 0 -m pytest tests/distributed
 
 lint: .venv/installed  ## check style
