@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rat_megatron.ops import dilated_attention as module
-from rat_megatron.ops.dilated_attention import dilated_attention
+from rat_megatron.ops.dilated_attention import dilated_attention, kept_positions, segment_attention
 from rat_megatron.pattern import AttentionPattern, HeadPattern, LayerPattern
 from tests import reference
 
@@ -193,3 +193,14 @@ def test_refuses_what_does_not_fit():
         attend("d4", implementation="fast")(q, k, v)
     with pytest.raises(ValueError, match="'kept' needs queries and keys of the same tokens"):
         attend("d4", implementation="kept", k_positions=torch.arange(17))(q, k, v)
+
+
+@pytest.mark.parametrize("word", ["d4", "d8w5s2", "d16w70s3", "w6s3"])
+def test_a_segment_is_attended_as_within_the_whole_sequence(word):
+    head = LayerPattern((HeadPattern.parse(word),)).heads[0]
+    q, k, v = (torch.randn(200, 2, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    start, kept_at = 120, kept_positions(head, 200)
+    begin = start - head.window
+    actual = segment_attention(q[start:], k[begin:], v[begin:], k[kept_at], v[kept_at], kept_at, head, 0.5, start)
+    expected = dilated_attention(q, k, v, LayerPattern((head,)), 0.5, implementation="masked")[start:]
+    assert (actual - expected).norm() < 1e-12 * expected.norm()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rat_megatron.ops.gated_scan import gated_scan, scan_summary
+from rat_megatron.ops.gated_scan import adjoint_summary, gated_scan, scan_summary
 from tests import reference
 
 LENGTHS = [1, 2, 17, 64, 65, 300]  # below, at and above a chunk; 300 leaves tokens past the last full chunk
@@ -152,3 +152,12 @@ def test_refuses_shapes_that_do_not_fit():
         gated_scan(f[:0], k[:0], v[:0])
     with pytest.raises(ValueError, match="initial_state has shape"):
         gated_scan(f, k, v, state[0])
+
+
+@pytest.mark.parametrize("length", [1, 17, 65, 130])
+def test_adjoint_summary_is_the_gradient_of_the_initial_state(length):
+    f, k, v, grad_k, grad_v = (torch.randn(length, 2, 2, 3, dtype=torch.float64) for _ in range(5))
+    initial = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    out_k, out_v, _ = gated_scan(f, k, v, initial)
+    (expected,) = torch.autograd.grad((out_k * grad_k + out_v * grad_v).sum(), initial)
+    assert (adjoint_summary(f, grad_k, grad_v) - expected).norm() < 1e-12 * expected.norm()
