@@ -59,7 +59,7 @@ def _build_batches():
     common = {
         "seq_length": args.seq_length,
         "eod_id": args.rat_eod_id,
-        "replication": args.world_size // args.data_parallel_size,
+        "data_parallel": (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()),
         "num_workers": args.num_workers,
         "cache": args.data_cache_path,
     }

@@ -193,19 +193,20 @@ def train_batches(
     eod_id: int,
     seed: int,
     consumed_samples: int = 0,
-    replication: int = 1,
+    data_parallel: tuple[int, int] = (0, 1),
     num_workers: int = 2,
     shuffle: bool = True,
     cache: str | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's microbatches (see `_microbatches`), from the first one after `consumed_samples` on, without end.
 
-    Collective: every rank constructs and iterates it. `replication` consecutive ranks form a group that sees the same samples; of each
-    global batch, a group gets 1/dp, dp = WORLD_SIZE / replication, as global_batch_size / dp / micro_batch_size microbatches in a row.
-    Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the environment; beyond one rank, torch.distributed is initialized."""
+    Collective: every rank constructs and iterates it. `data_parallel` is this rank's data-parallel rank and their number dp: equal ones see
+    the same samples, in whatever order the ranks of a model lie. Of each global batch, one gets 1/dp, as global_batch_size / dp /
+    micro_batch_size microbatches in a row. Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the environment; beyond one rank,
+    torch.distributed is initialized."""
     from streaming import StreamingDataset
 
-    _, share = _data_parallel_share(global_batch_size, micro_batch_size, replication)
+    share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
     if consumed_samples % global_batch_size:
         raise UserError(
             f"{consumed_samples} samples were consumed, not a multiple of --global-batch-size {global_batch_size}: "
@@ -229,9 +230,10 @@ def train_batches(
             shuffle_algo=SHUFFLE_ALGORITHM,
             shuffle_seed=seed,
             shuffle_block_size=SHUFFLE_BLOCK,
-            replication=replication,
+            replication=_replication(data_parallel),
             download_timeout=DOWNLOAD_TIMEOUT,
         )
+    _place(dataset, data_parallel)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         epoch, first = divmod(consumed_samples // global_batch_size, batches_per_epoch)
@@ -261,7 +263,7 @@ def validation_batches(
     seq_length: int,
     eod_id: int,
     num_samples: int,
-    replication: int = 1,
+    data_parallel: tuple[int, int] = (0, 1),
     num_workers: int = 2,
     cache: str | None = None,
 ) -> Iterable[dict[str, torch.Tensor]]:
@@ -271,17 +273,17 @@ def validation_batches(
     They are the same for any number of ranks, and none comes twice. Collective when constructed, not when iterated."""
     from streaming import StreamingDataset
 
-    group, share = _data_parallel_share(global_batch_size, micro_batch_size, replication)
+    share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
     sizes = [_samples(stream, "val", cache) for stream in streams]
     indices = _spread(streams, sizes, num_samples - num_samples % global_batch_size, global_batch_size)
     with claiming_shared_memory():
         dataset = StreamingDataset(
             streams=_streaming_streams([Stream(stream.path) for stream in streams], "val", cache),
             batch_size=share,
-            replication=replication,
+            replication=_replication(data_parallel),
             download_timeout=DOWNLOAD_TIMEOUT,
         )
-    own = indices.reshape(-1, global_batch_size // share, share)[:, group].flatten()
+    own = indices.reshape(-1, data_parallel[1], share)[:, data_parallel[0]].flatten()
     return _Validation(_loader(Subset(dataset, own.tolist()), share, num_workers), micro_batch_size, seq_length, eod_id)
 
 
@@ -319,20 +321,33 @@ def _spread(streams: list[Stream], sizes: list[int], num_samples: int, global_ba
 # ---- parts of both -------------------------------------------------------------------------------------------------------------------
 
 
-def _data_parallel_share(global_batch_size: int, micro_batch_size: int, replication: int) -> tuple[int, int]:
-    """(index of this rank's data-parallel group, samples of each global batch that it gets). Raises UserError when they do not divide."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def _data_parallel_share(global_batch_size: int, micro_batch_size: int, data_parallel: tuple[int, int]) -> int:
+    """Samples of each global batch that a data-parallel rank gets. Raises UserError when they do not divide."""
+    world, groups = int(os.environ.get("WORLD_SIZE", "1")), data_parallel[1]
     if world > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
         raise UserError("LOCAL_WORLD_SIZE is not set: start with torchrun, or export the number of ranks on each node.")
-    if world % replication:
-        raise UserError(f"{world} ranks cannot form groups of {replication} (tensor x pipeline x context parallel): change one of them.")
-    groups = world // replication
     if global_batch_size % (groups * micro_batch_size):
         raise UserError(
             f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} "
             f"times the data-parallel size {groups}: change one of them."
         )
-    return rank // replication, global_batch_size // groups
+    return global_batch_size // groups
+
+
+def _replication(data_parallel: tuple[int, int]) -> int:
+    """How many ranks see the same samples."""
+    return int(os.environ.get("WORLD_SIZE", "1")) // data_parallel[1]
+
+
+def _place(dataset: Any, data_parallel: tuple[int, int]) -> None:
+    """Gives a StreamingDataset this rank's data-parallel rank: by itself it takes neighbouring ranks for replicas, but the stages of a
+    pipeline lie far apart in Megatron's order of ranks."""
+    from streaming.base.world import World
+
+    there = dataset._parallel_rank_world
+    dataset._parallel_rank_world = World(
+        there.num_nodes, there.ranks_per_node, there.workers_per_rank, data_parallel[0] * there.workers_per_rank
+    )
 
 
 def _samples(stream: Stream, split: str, cache: str | None) -> int:

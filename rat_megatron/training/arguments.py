@@ -23,6 +23,7 @@ from rat_megatron.data.streaming import check_streams, parse_data_path
 from rat_megatron.errors import UserError
 from rat_megatron.pattern import AttentionPattern
 from rat_megatron.training import presets
+from rat_megatron.training.layout import check_dilations, check_layout, check_ranks, query_groups
 
 _INTERVALS: dict[str, Any] = {"eval_interval": 1000, "save_interval": 1000}  # Megatron has none, and fails without
 _CHECKPOINTING: dict[str, Any] = {
@@ -33,7 +34,6 @@ _DATA: dict[str, Any] = {
     "dataloader_type": "external",
     "tokenizer_type": "NullTokenizer",  # the data are tokens already
     "split": "1",  # unused: a stream carries its own validation split
-    "use_tp_pp_dp_mapping": True,  # ranks that share samples are then neighbours, as StreamingDataset's replication needs
 }
 
 
@@ -103,8 +103,9 @@ def _check_and_derive(args: Namespace) -> dict[str, Any]:
     """Checks the command line against the model, the machine, the data and the checkpoint; returns the defaults that follow."""
     _check_complete(args)
     _check_features(args)
-    _check_layout(args)
+    check_layout(args)
     derived = _check_patterns(args) | _check_data(args)
+    check_ranks(args)
     derived |= {"load": args.load or args.save, "max_position_embeddings": args.max_position_embeddings or args.seq_length}
     _check_checkpoints(args, derived)
     return derived
@@ -141,55 +142,6 @@ def _check_features(args: Namespace) -> None:
         raise UserError("RAT+ reads MDS streams: give --data-path and leave out --dataloader-type and --mock-data")
 
 
-def _check_layout(args: Namespace) -> None:
-    tp = args.tensor_model_parallel_size
-    groups = _query_groups(args)
-    if args.num_attention_heads % groups:
-        raise UserError(f"--num-query-groups {groups} does not divide --num-attention-heads {args.num_attention_heads}")
-    if groups % tp:
-        raise UserError(f"--tensor-model-parallel-size {tp} does not divide the {groups} query groups: choose a divisor of {groups}")
-    if args.hidden_size % args.num_attention_heads and args.kv_channels is None:
-        raise UserError(f"--num-attention-heads {args.num_attention_heads} does not divide --hidden-size {args.hidden_size}")
-    if args.sequence_parallel and tp == 1:
-        raise UserError("--sequence-parallel shares the sequence among tensor-parallel ranks: give --tensor-model-parallel-size above 1")
-    chunks = 2 * args.context_parallel_size
-    if args.context_parallel_size > 1 and args.seq_length % chunks:
-        raise UserError(
-            f"--context-parallel-size {args.context_parallel_size} cuts a sequence into {chunks} chunks: "
-            f"--seq-length {args.seq_length} must be a multiple of {chunks}"
-        )
-    per_rank = args.seq_length // args.context_parallel_size
-    if args.sequence_parallel and per_rank % tp:
-        raise UserError(f"--sequence-parallel: --tensor-model-parallel-size {tp} must divide the {per_rank} tokens of a rank")
-    _check_pipeline(args)
-
-
-def _check_pipeline(args: Namespace) -> None:
-    pp, layers = args.pipeline_model_parallel_size, args.num_layers
-    if pp > 1 and args.context_parallel_size > 1:
-        # Megatron has no rank order for the two in which ranks that read the same samples are neighbours.
-        raise UserError("--pipeline-model-parallel-size and --context-parallel-size above 1 are not supported together yet: choose one")
-    uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers, args.pipeline_model_parallel_layout)
-    if any(uneven) or args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split:
-        return  # Megatron checks what its own flags lay out
-    if layers % pp:
-        raise UserError(f"--pipeline-model-parallel-size {pp} does not divide the {layers} layers: choose a divisor of {layers}")
-    per_stage = layers // pp
-    virtual = args.num_virtual_stages_per_pipeline_rank
-    if args.num_layers_per_virtual_pipeline_stage:
-        if per_stage % args.num_layers_per_virtual_pipeline_stage:
-            raise UserError(
-                f"--num-layers-per-virtual-pipeline-stage {args.num_layers_per_virtual_pipeline_stage} does not divide "
-                f"the {per_stage} layers of a pipeline stage"
-            )
-        virtual = per_stage // args.num_layers_per_virtual_pipeline_stage
-    if virtual and virtual > 1 and (pp == 1 or per_stage % virtual):
-        raise UserError(
-            f"{virtual} virtual pipeline stages need --pipeline-model-parallel-size above 1 and a number that divides "
-            f"the {per_stage} layers of a pipeline stage"
-        )
-
-
 def _check_patterns(args: Namespace) -> dict[str, Any]:
     """Every pattern fits the model; words are brought to their shortest form."""
     arl = args.rat_arl_pattern or ("none" if args.pretrained_checkpoint else "d64")
@@ -200,25 +152,12 @@ def _check_patterns(args: Namespace) -> dict[str, Any]:
         return str(pattern)
 
     target = shortest(args.rat_pattern)
-    _check_dilations(args, [target, *([] if arl == "none" else [arl]), *(args.rat_eval_patterns or [])])
+    check_dilations(args, [target, *([] if arl == "none" else [arl]), *(args.rat_eval_patterns or [])])
     return {
         "rat_pattern": target,
         "rat_arl_pattern": arl if arl == "none" else shortest(arl),
         "rat_eval_patterns": [shortest(word) for word in args.rat_eval_patterns or [target]],
     }
-
-
-def _check_dilations(args: Namespace, words: list[str]) -> None:
-    """Under context parallelism a chunk is whole dilation steps: ranks then gather equal numbers of kept keys."""
-    chunk = args.seq_length // (2 * args.context_parallel_size)
-    if args.context_parallel_size == 1:
-        return
-    for head in (head for word in words for layer in AttentionPattern.parse(word).layers for head in layer.heads):
-        if not head.blocks and head.dilation and chunk % head.dilation:
-            raise UserError(
-                f"attention pattern '{head}' does not fit --context-parallel-size {args.context_parallel_size}: its dilation must divide "
-                f"the chunk of {chunk} tokens (--seq-length / (2 * --context-parallel-size))"
-            )
 
 
 def _check_data(args: Namespace) -> dict[str, Any]:
@@ -260,12 +199,8 @@ def _architecture(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name, None) for name in ARCHITECTURE} | {
         "kv_channels": args.kv_channels or args.hidden_size // args.num_attention_heads,
         "ffn_hidden_size": args.ffn_hidden_size or 4 * args.hidden_size,
-        "num_query_groups": _query_groups(args),
+        "num_query_groups": query_groups(args),
     }
-
-
-def _query_groups(args: Namespace) -> int:
-    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
 def _has_checkpoint(folder: str) -> bool:

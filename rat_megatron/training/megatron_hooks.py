@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron.core.dist_checkpointing.validation as validation
+import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 import megatron.training.checkpointing as checkpointing
 import megatron.training.initialize as initialize
 import megatron.training.training as training
+import torch
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.msc_utils import maybe_msc
 from torch.distributed.checkpoint import FileSystemReader
@@ -53,6 +56,21 @@ def install_hooks(args: Namespace) -> None:
     # Checking a checkpoint's keys (--dist-ckpt-strictness) fails on the strides that newer versions of torch note beside them.
     TorchDistLoadShardedStrategy.load_tensors_metadata = _without_strides(TorchDistLoadShardedStrategy.load_tensors_metadata)
 
+    # --dist-ckpt-strictness raise_all refuses any checkpoint of another layout, for the states of ranks that Megatron itself leaves out.
+    validation._determine_missing_and_unexpected_keys = _without_what_is_left_out(validation._determine_missing_and_unexpected_keys, args)
+
+    # Fully reshardable checkpoints of the distributed optimizer take parameters from the wrong places once a bucket of the buffer has had
+    # to be padded (its length is no multiple of 128 and of the data-parallel size): moments and master weights would be lost silently.
+    optimizer = distrib_optimizer.DistributedOptimizer
+    optimizer.sharded_param_state_fully_reshardable = _from_padded_buckets(optimizer.sharded_param_state_fully_reshardable)
+
+    # The distributed optimizer cannot resume with torch's Adam (neither Transformer Engine nor Apex): it fails when asked for its state
+    # before the first step, then over the step count, which torch keeps per parameter, and would count each step many times.
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        optimizer.state_dict = _begun(optimizer.state_dict)
+        optimizer._set_main_param_and_optimizer_states = _without_step(optimizer._set_main_param_and_optimizer_states)
+        optimizer.load_state_dict = _with_steps_apart(optimizer.load_state_dict)
+
     # A finished run that is started again would write its last checkpoint over itself, and a kill meanwhile would lose it.
     training.save_checkpoint_and_time = _unless_saved(training.save_checkpoint_and_time, args)
 
@@ -75,6 +93,69 @@ def _without_strides(load_tensors_metadata: Callable) -> Callable:
             if isinstance(entry, TensorStorageMetadata):
                 vars(entry.properties).pop("strides", None)
         return load_tensors_metadata(self, checkpoint_dir, metadata)
+
+    return load
+
+
+def _without_what_is_left_out(determine_keys: Callable, args: Namespace) -> Callable:
+    def determine(*metadata: Any) -> tuple[set[str], set[str]]:
+        missing, unexpected = determine_keys(*metadata)
+        # The state of --rerun-mode and the random states (RAT+ draws nothing) belong to ranks; a new run takes weights only.
+        left_out = {key for key in missing if key in ("rerun_state_machine_state", "rng_state")}
+        if args.finetune or args.no_load_optim:
+            left_out |= {key for key in missing if key.startswith("optimizer.")}
+        return missing - left_out, unexpected
+
+    return determine
+
+
+def _from_padded_buckets(sharded_param_state: Callable) -> Callable:
+    def state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda **options: _with_padding(gather(**options), self.buffers)
+        try:
+            return sharded_param_state(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    return state
+
+
+def _with_padding(state: dict[Any, Any] | None, buffers: list[Any]) -> dict[Any, Any] | None:
+    """Puts back the padding between buckets that gathering took out: parameters are then where ``param_index_map`` has them."""
+    for index, buffer in enumerate(buffers if state else []):
+        for tensors in state[index].values():
+            for name, packed in tensors.items():
+                if isinstance(packed, torch.Tensor):
+                    tensors[name] = packed.new_zeros(buffer.numel)
+                    for bucket, values in zip(buffer.buckets, packed.split([b.numel_unpadded for b in buffer.buckets]), strict=True):
+                        tensors[name][bucket.offset : bucket.offset + bucket.numel_unpadded] = values
+    return state
+
+
+def _begun(state_dict: Callable) -> Callable:
+    def begin(self: Any) -> dict[str, Any]:
+        if not self.optimizer.state:
+            for parameter in (parameter for group in self.optimizer.param_groups for parameter in group["params"]):
+                moments = {key: torch.zeros_like(parameter) for key in self.optimizer_state_keys}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return state_dict(self)
+
+    return begin
+
+
+def _without_step(set_states: Callable) -> Callable:
+    def set_all_but_step(self: Any, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        set_states(self, parameter, {"step": None, **tensors})  # what is no tensor is left as it is
+
+    return set_all_but_step
+
+
+def _with_steps_apart(load_state_dict: Callable) -> Callable:
+    def load(self: Any, state_dict: dict[str, Any]) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     return load
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
 MODEL = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 1 --seq-length 512 "
     "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --log-interval 100 "
-    "--eval-iters 1 --eval-interval 100 --num-workers 0 --save-interval 1000 --dist-ckpt-strictness raise_unexpected --seed 7 "
+    "--eval-iters 1 --eval-interval 100 --num-workers 0 --save-interval 1000 --dist-ckpt-strictness raise_all --seed 7 "
     "--distributed-timeout-minutes 3"
 ).split()
 
@@ -31,23 +32,29 @@ class Run:
 
 
 def train(folder: Path, *flags: str | Path, alone: bool = False) -> Run:
-    """Trains under the flags' layout, on all ranks or (``alone``) on each rank by itself, in ``folder``."""
+    """Trains under the flags' layout, on all ranks or (``alone``) on the first one by itself, in ``folder``."""
     flags = [*MODEL, *map(str, flags), "--save", str(folder / "checkpoints")]
-    with _single_rank() if alone else _nothing(), _megatron_restored(), _command_line(flags):
+    losses: list[dict[str, float]] = []
+    first_rank = torch.distributed.get_rank() == 0
+    with _single_rank() if alone else nullcontext():
+        if first_rank or not alone:
+            _train_here(flags, folder, losses)
+    every: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, losses)
+    losses = max(every, key=lambda steps: len(steps[0]) if steps else 0)  # the last pipeline stage has them
+    return Run(losses, folder / "checkpoints", folder / "gradients")
+
+
+def _train_here(flags: list[str], folder: Path, losses: list[dict[str, float]]) -> None:
+    with _megatron_restored(), _command_line(flags):
         from megatron.training import training
 
         import pretrain_rat
 
-        losses: list[dict[str, float]] = []
         _record(training, "training_log", lambda args, _: losses.append({name: float(value) for name, value in args[0].items()}))
         _record(training, "evaluate", lambda _, result: losses.append({name: float(value) for name, value in result[0].items()}))
         _save_first_gradients(training, folder / "gradients")
         pretrain_rat.main()
-    if not alone:
-        every = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, losses)
-        losses = max(every, key=lambda rank: len(rank[0]))  # the last pipeline stage has them
-    return Run(losses, folder / "checkpoints", folder / "gradients")
 
 
 def _record(module, name: str, note) -> None:
@@ -97,11 +104,6 @@ def tensors(folder: Path, weights_only: bool = False) -> dict[str, torch.Tensor]
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def _single_rank() -> Iterator[None]:
     """For a while every process is the only rank of its own group."""
     outside = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
@@ -122,21 +124,30 @@ def join_ranks() -> None:
     store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     join_ranks.times = getattr(join_ranks, "times", 0) + 1
     store = torch.distributed.PrefixStore(f"group{join_ranks.times}", store)
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=size)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=4))
 
 
 @contextmanager
 def _megatron_restored() -> Iterator[None]:
     """Takes back what a run leaves in Megatron: our hooks, its globals and groups."""
+    from megatron.core.dist_checkpointing import validation
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.training import checkpointing, initialize, training
 
-    before = [(module, dict(vars(module))) for module in (checkpointing, initialize, training)]
+    places = (checkpointing, initialize, training, validation, TorchDistLoadShardedStrategy, DistributedOptimizer)
+    before = [(place, dict(vars(place))) for place in places]
+    timestamps = dict(training._STARTUP_TIMESTAMPS)
     try:
         yield
     finally:
         training.destroy_global_state()
-        for module, names in before:
-            vars(module).update(names)
+        for place, names in before:
+            for name, value in names.items():
+                if vars(place).get(name) is not value:
+                    setattr(place, name, value)
+        training._STARTUP_TIMESTAMPS.update(timestamps)  # ranks that have run before would reduce theirs, and wait for the others
 
 
 @contextmanager

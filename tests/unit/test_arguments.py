@@ -36,7 +36,7 @@ def test_preset_fills_what_is_not_given_and_the_command_line_wins(check, tiny_da
     given, derived = check("--rat-preset", "tiny", "--seq-length", 64, "--num-layers", 2, "--lr=0.5", "--data-path", tiny_data)
     assert (given.num_layers, given.lr, given.hidden_size, given.normalization) == (2, 0.5, 128, "RMSNorm")
     assert (given.adam_beta2, given.adam_eps, given.weight_decay, given.min_lr) == (0.95, 1e-8, 0.1, 1e-6)
-    assert given.dist_ckpt_optim_fully_reshardable and given.use_tp_pp_dp_mapping and given.attention_output_gate
+    assert given.dist_ckpt_optim_fully_reshardable and given.attention_output_gate
     assert derived["vocab_size"] == 300 and derived["rat_eod_id"] == 0
     assert derived["rat_arl_pattern"] == "d64" and derived["rat_eval_patterns"] == ["dense"]
 
@@ -85,7 +85,16 @@ BAD = {
     "context-parallel chunks": (["--context-parallel-size", "3"], "--seq-length 64 must be a multiple of 6"),
     "dilation of a chunk": (["--context-parallel-size", "2", "--rat-pattern", "d32s4"], "'d32s4' does not fit .* chunk of 16 tokens"),
     "dilation of the sparse step": (["--context-parallel-size", "2"], "'d64' does not fit --context-parallel-size 2"),
-    "pipeline and context": (["--context-parallel-size", "2", "--pipeline-model-parallel-size", "2"], "not supported together yet"),
+    "pipeline and context in Megatron's other order": (
+        ["--context-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--use-tp-pp-dp-mapping", "--rat-arl-pattern", "d8"],
+        "--use-tp-pp-dp-mapping has no order",
+    ),
+    "all-to-all of few heads": (
+        ["--context-parallel-size", "2", "--tensor-model-parallel-size", "4", "--cp-comm-type", "a2a"],
+        "--cp-comm-type a2a shares the 1 query groups of a rank",
+    ),
+    "too few ranks": (["--tensor-model-parallel-size", "2"], "1 ranks are not whole models of 2 ranks .* start a multiple of 2"),
+    "global batch": (["--global-batch-size", "5"], "--global-batch-size 5 is not a multiple of .* choose a multiple of 2"),
     "warm-up": (["--lr-warmup-iters", "5"], "--lr-warmup-iters 5 must be below the 1 iterations"),
     "missing load folder": (["--load", "nowhere"], "--load nowhere holds no checkpoint"),
     "missing pretrained checkpoint": (["--pretrained-checkpoint", "nowhere"], "nowhere holds no checkpoint"),

@@ -83,17 +83,18 @@ def run_ranks(ranks: int, function: Callable[[], Any]) -> list[Any]:
     return [by_rank[rank] for rank in range(ranks)]
 
 
-def global_batches(path, *, ranks: int = 1, replication: int = 1, count: int = 3, **changes) -> list[list[int]]:
-    """The first `count` global batches as sorted lists; checks that the ranks of a group see the same samples."""
+def global_batches(path, *, ranks: int = 1, dp_ranks: list[int] | None = None, count: int = 3, **changes) -> list[list[int]]:
+    """The first `count` global batches as sorted lists. `dp_ranks`: each rank's data-parallel rank; equal ones see the same samples."""
+    dp_ranks = dp_ranks or list(range(ranks))
+    size = max(dp_ranks) + 1
 
     def batches_of_rank() -> list[list[int]]:
-        iterator = batches_of(path, replication=replication, **changes)
-        microbatches = GLOBAL_BATCH // (ranks // replication) // 2
-        return [ids_of(islice(iterator, microbatches)) for _ in range(count)]
+        iterator = batches_of(path, data_parallel=(dp_ranks[int(os.environ.get("RANK", "0"))], size), **changes)
+        return [ids_of(islice(iterator, GLOBAL_BATCH // size // 2)) for _ in range(count)]
 
     by_rank = run_ranks(ranks, batches_of_rank)
-    leaders = range(0, ranks, replication)
-    assert all(by_rank[leader] == by_rank[leader + other] for leader in leaders for other in range(replication))
+    leaders = [dp_ranks.index(dp_rank) for dp_rank in range(size)]
+    assert all(by_rank[rank] == by_rank[leaders[dp_rank]] for rank, dp_rank in enumerate(dp_ranks))
     return [sorted(sum((by_rank[leader][step] for leader in leaders), [])) for step in range(count)]
 
 
@@ -115,9 +116,20 @@ def test_an_epoch_takes_no_sample_twice_and_leaves_out_less_than_a_batch(referen
     assert set(first) != set(second), "other samples are left over in every epoch"
 
 
-@pytest.mark.parametrize("ranks, replication, workers", [(1, 1, 2), (2, 1, 1), (2, 2, 2), (4, 1, 0), (4, 2, 1)])
-def test_global_batches_are_the_same_on_any_layout_and_after_resuming(data, reference, ranks, replication, workers):
-    layout = {"ranks": ranks, "replication": replication, "num_workers": workers}
+@pytest.mark.parametrize(
+    "dp_ranks, workers",
+    [
+        ([0], 2),
+        ([0, 1], 1),
+        ([0, 0], 2),
+        ([0, 1, 2, 3], 0),
+        ([0, 0, 1, 1], 1),  # tensor or context parallelism
+        ([0, 1, 0, 1], 1),  # two pipeline stages in Megatron's order of ranks
+        ([0, 1, 0, 1], 0),
+    ],
+)
+def test_global_batches_are_the_same_on_any_layout_and_after_resuming(data, reference, dp_ranks, workers):
+    layout = {"ranks": len(dp_ranks), "dp_ranks": dp_ranks, "num_workers": workers}
     assert global_batches(data, count=3, **layout) == reference[:3]
     for start in (39, 41, 60):  # across the end of the first epoch, at the beginning and in the middle of the second
         assert global_batches(data, count=4, consumed_samples=start * GLOBAL_BATCH, **layout) == reference[start : start + 4]
@@ -202,9 +214,9 @@ def test_every_evaluation_sees_the_same_samples_spread_over_the_split(data):
 
 def test_ranks_share_the_validation_batches(data):
     together = ids_of(validation([Stream(data)]))
-    by_rank = run_ranks(4, lambda: ids_of(validation([Stream(data)], replication=2)))
-    assert by_rank[0] == by_rank[1] and by_rank[2] == by_rank[3]
-    assert sorted(by_rank[0] + by_rank[2]) == together
+    by_rank = run_ranks(4, lambda: ids_of(validation([Stream(data)], data_parallel=(int(os.environ["RANK"]) % 2, 2))))
+    assert by_rank[0] == by_rank[2] and by_rank[1] == by_rank[3]
+    assert sorted(by_rank[0] + by_rank[1]) == together
 
 
 def test_validation_of_a_blend_follows_the_weights(data, tmp_path):
@@ -299,9 +311,6 @@ def test_batches_that_cannot_be_are_explained(data, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="LOCAL_WORLD_SIZE is not set"):
         batches_of(data)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 ranks cannot form groups of 2"):
-        batches_of(data, replication=2)
 
 
 # ---- killed runs and downloads -------------------------------------------------------------------------------------------------------

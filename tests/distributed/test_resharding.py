@@ -1,0 +1,45 @@
+"""Checkpoints move between layouts: weights and optimizer bit by bit, and the run goes on with the same batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.layouts import tensors, train
+
+TP2, PP2, CP2 = (["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--context-parallel-size", "2"])
+SP, VPP2 = ["--sequence-parallel"], ["--num-virtual-stages-per-pipeline-rank", "2"]
+
+# Each loads what the one before wrote: (TP, PP, CP, DP) from (2, 2, 1, 1) by way of four others to one rank.
+CHAIN = {
+    "pp2+cp2": PP2 + CP2,
+    "dp4": [],
+    "tp2+sp+cp2": TP2 + SP + CP2,
+    "cp2+dp2": CP2,
+    "pp2+vpp2+dp2": PP2 + VPP2,
+}
+
+
+def test_checkpoints_move_between_layouts(ranks, data):
+    run = ["--data-path", data, "--rat-arl-pattern", "d8", "--lr-decay-iters", 8, "--group-query-attention", "--num-query-groups", 2]
+    run += ["--use-distributed-optimizer"]
+    start = ["--pretrained-checkpoint", train(ranks / "start", *run, "--train-iters", 1, alone=True).checkpoint]
+    uninterrupted = train(ranks / "uninterrupted", *run, *start, "--train-iters", 8, alone=True)
+    last = train(ranks / "tp2+pp2", *run, *start, *TP2, *PP2, "--train-iters", 4)
+    written = tensors(last.checkpoint)
+    assert sum(name.startswith("optimizer.state.exp_avg") for name in written) > 10
+    for name, flags in [*CHAIN.items(), ("one rank", [])]:
+        # At its last iteration already: loads, and writes what it loaded.
+        last = train(ranks / f"again {name}", *run, *flags, "--load", last.checkpoint, "--train-iters", 4, alone=name == "one rank")
+        again = tensors(last.checkpoint)
+        assert again.keys() == written.keys()
+        different = [key for key, tensor in written.items() if not torch.equal(tensor, again[key])]
+        assert not different, f"{name}: {different}"
+
+    assert uninterrupted.losses[4]["lm loss"] != pytest.approx(uninterrupted.losses[3]["lm loss"], rel=1e-3)  # batches differ
+    for name, flags in (("dp4", []), ("tp2+sp+cp2", TP2 + SP + CP2)):
+        longer = ["--train-iters", 8, "--override-opt-param-scheduler"]
+        resumed = train(ranks / f"resumed {name}", *run, *flags, "--load", last.checkpoint, *longer)
+        assert len(resumed.losses) == 5  # four iterations and the validation
+        for there, here in zip(uninterrupted.losses[4:], resumed.losses, strict=True):
+            assert here == pytest.approx(there, rel=1e-4)
