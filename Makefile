@@ -9,10 +9,11 @@ help:  ## show this list
 quickstart: .venv/installed  ## a whole small run, with or without a GPU: examples/quickstart.sh
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-test: .venv/installed  ## run the tests
+test: .venv/installed  ## run the tests: those of one process, then those of four
 	.venv/bin/python -m pytest
+	$(MAKE) test-distributed
 
-test-distributed: .venv/installed  ## run the parallel layouts, on four processes
+test-distributed: .venv/installed  ## run the parallel layouts only
 	.venv/bin/torchrun --standalone --nproc-per-node 4 --local-ranks-filter 0 -m pytest tests/distributed
 
 lint: .venv/installed  ## check style

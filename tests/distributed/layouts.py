@@ -81,9 +81,9 @@ def _save_first_gradients(training, folder: Path) -> None:
         training.finalize_model_grads = finalize
         config = get_model_config(model[0])
         config.finalize_model_grads_func = finalize  # the first step only
-        if model[0].ddp_config.use_distributed_optimizer:  # which keeps shards of gradients only
-            return
         parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+        if model[0].ddp_config.use_distributed_optimizer or parameters[0].dtype != parameters[0].main_grad.dtype:
+            return  # shards of gradients only, or a type that would part the weights from their hooks
         folder.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         weights = [parameter.data for parameter in parameters]

@@ -59,6 +59,51 @@ def test_megatron_still_stumbles_over_strides_in_checkpoint_metadata(one_iterati
     assert "decoder.final_layernorm.weight" in _without_strides(original)(strategy, find_iteration(one_iteration))
 
 
+def test_strictness_still_looks_for_missing_keys_through_the_global():
+    from megatron.core.dist_checkpointing import validation
+
+    from rat_megatron.training.megatron_hooks import _without_what_is_left_out
+
+    assert "= _determine_missing_and_unexpected_keys(" in _source(validation.validate_integrity_and_strict_load)
+    missing = {"rng_state", "rerun_state_machine_state", "optimizer.state.exp_avg.x", "decoder.weight"}
+    determine = lambda *_: (missing, {"unexpected"})  # noqa: E731
+    resumed = _without_what_is_left_out(determine, Namespace(finetune=False, no_load_optim=None))
+    assert resumed("metadata") == ({"optimizer.state.exp_avg.x", "decoder.weight"}, {"unexpected"})
+    adapted = _without_what_is_left_out(determine, Namespace(finetune=True, no_load_optim=None))
+    assert adapted("metadata") == ({"decoder.weight"}, {"unexpected"})
+
+
+def test_megatron_still_takes_parameters_from_packed_buckets_by_their_padded_places():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from rat_megatron.training.megatron_hooks import _with_padding
+
+    # When either line is gone, see whether Megatron has mended it; tests/distributed/test_resharding.py says whether all is well.
+    assert "world_tensors[state_key][param_world_start:param_world_end]" in _source(
+        DistributedOptimizer.sharded_param_state_fully_reshardable
+    )
+    assert "offset_in_world_tensors += gbuf_world_numel_unpadded" in _source(DistributedOptimizer.get_parameter_state_dp_zero)
+    buckets = [Namespace(offset=0, numel_unpadded=3), Namespace(offset=5, numel_unpadded=2)]
+    state = {"buckets_coalesced": True, 0: {"dtype": {"param": torch.arange(1.0, 6.0), "numel_unpadded": 5}}}
+    padded = _with_padding(state, [Namespace(buckets=buckets, numel=8)])
+    assert padded[0]["dtype"]["param"].tolist() == [1, 2, 3, 0, 0, 4, 5, 0]
+    assert _with_padding(None, []) is None
+
+
+def test_megatron_still_cannot_resume_its_distributed_optimizer_with_torchs_adam():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from rat_megatron.training.megatron_hooks import _begun
+
+    assert "assert len(steps) == 1" in _source(DistributedOptimizer.state_dict)
+    assert 's["step"] = step' in _source(DistributedOptimizer.load_state_dict)  # one tensor for all parameters
+    assert "if not isinstance(tensors[key], torch.Tensor):" in _source(DistributedOptimizer._set_main_param_and_optimizer_states)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    holder = Namespace(optimizer=torch.optim.AdamW([parameter]), optimizer_state_keys=("exp_avg", "exp_avg_sq"))
+    assert _begun(lambda self: self.optimizer.state_dict())(holder)["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert torch.equal(parameter.data, torch.ones(3))
+
+
 def test_tracker_is_replaced_whole_or_left_alone(tmp_path):
     from rat_megatron.training.megatron_hooks import _AtomicTracker
 

@@ -181,3 +181,55 @@ def test_presets_have_the_parameters_of_the_paper(preset, recurrence, billions):
         )
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions
+
+
+def test_a_megatron_user_builds_the_layer_from_its_spec_alone():
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    from rat_megatron.model.layer_spec import get_rat_layer_spec
+    from rat_megatron.model.rat_attention import RATSelfAttention
+
+    config = TransformerConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=HEADS, normalization="RMSNorm", add_bias_linear=False, attention_output_gate=True,
+        transformer_impl="local", attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True,
+    )  # fmt: skip
+    layer = build_module(get_rat_layer_spec(config), config=config, layer_number=1)
+    hidden = torch.randn(LENGTH, 2, 32, requires_grad=True)
+    output, _ = layer(hidden, attention_mask=None)
+    output.sum().backward()
+    assert isinstance(layer.self_attention, RATSelfAttention) and hidden.grad.norm() > 0
+
+    model = GPTModel(config, get_rat_layer_spec(config), VOCAB, 64, position_embedding_type="rope")
+    tokens = torch.randint(VOCAB, (2, LENGTH))
+    assert model(tokens, torch.arange(LENGTH).expand(2, -1), None, labels=tokens).shape == (2, LENGTH)
+    assert all(isinstance(layer.self_attention, RATSelfAttention) for layer in model.decoder.layers)
+
+
+def test_megatrons_own_spec_flag_takes_the_block_spec(monkeypatch):
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+
+    from rat_megatron.model.rat_attention import RATSelfAttention
+
+    flags = (
+        "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 "
+        "--lr 1e-3 --train-iters 1 --vocab-size 64 --tokenizer-type NullTokenizer --transformer-impl local --normalization RMSNorm "
+        "--disable-bias-linear --attention-output-gate --position-embedding-type rope --no-masked-softmax-fusion --no-persist-layer-norm "
+        "--no-bias-dropout-fusion --no-rope-fusion --no-gradient-accumulation-fusion --use-cpu-initialization --distributed-backend gloo "
+        "--spec rat_megatron.model.layer_spec get_rat_block_spec"
+    )
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *flags.split()])
+    args = parse_args()
+    validate_args(args)
+    args.padded_vocab_size = args.vocab_size
+    config = gpt_config_from_args(args)  # Megatron's TransformerConfig: no word of RAT+ in it
+    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    assert isinstance(model, GPTModel)
+    assert all(isinstance(layer.self_attention, RATSelfAttention) for layer in model.decoder.layers)
+    tokens = torch.randint(64, (1, 64))
+    model(tokens, torch.arange(64)[None], None, labels=tokens).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
