@@ -1,4 +1,4 @@
-"""Attention over the keys that a pattern keeps: a torch implementation on scaled_dot_product_attention.
+"""Attention over the keys that a pattern keeps: a torch implementation on scaled_dot_product_attention, and the choice of kernels.
 
 Source: RAT+ (arXiv 2602.18196), dilated attention with local window and sinks, and its hybrids over heads.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from rat_megatron.ops.kernels import triton_takes
 from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.pattern import HeadPattern, LayerPattern
 
@@ -32,9 +33,10 @@ def dilated_attention(
     own position among the keys (and a top-k pattern every position before it too). Returns [sq, b, np, hn] in the type of q. Softmax
     is fp32 (float64 for float64). Top-k patterns choose blocks as topk_attention says.
 
-    ``implementation`` overrides how positional patterns select keys: "masked" masks all [sq, sk] scores and serves any positions;
-    "kept" gathers the keys seen, at a cost in proportion to them, and is the choice whenever queries and keys are the same tokens
-    in order. Raises ValueError when shapes, pattern and implementation do not fit together.
+    ``implementation`` overrides the choice for sparse patterns: "masked" masks all [sq, sk] scores and serves any positions; "kept"
+    gathers the keys seen, at a cost in proportion to them; "triton" is a kernel that does so on a GPU. "kept" and "triton" need queries
+    and keys of the same tokens in order; there the choice is "triton" where it can run, else "kept", and elsewhere "masked". Raises
+    ValueError when shapes, pattern and implementation do not fit together.
     """
     heads, groups = q.shape[2], k.shape[2]
     if heads % groups or k.shape != v.shape:
@@ -42,12 +44,15 @@ def dilated_attention(
     if len(pattern.heads) not in (1, heads):
         raise ValueError(f"attention pattern '{pattern}' lists {len(pattern.heads)} heads, but the queries have {heads}")
     in_order = q_positions is None and k_positions is None and q.shape[0] == k.shape[0]
-    if implementation not in (None, "masked", "kept"):
-        raise ValueError(f"implementation is None, 'masked' or 'kept', not {implementation!r}")
-    if implementation == "kept" and not in_order:
-        raise ValueError("implementation 'kept' needs queries and keys of the same tokens, without positions")
+    if implementation not in (None, "masked", "kept", "triton"):
+        raise ValueError(f"implementation is None, 'masked', 'kept' or 'triton', not {implementation!r}")
+    if implementation in ("kept", "triton") and not in_order:
+        raise ValueError(f"implementation '{implementation}' needs queries and keys of the same tokens, without positions")
+    fused = implementation == "triton" or (implementation is None and in_order and triton_takes(q, k, v))
 
     def attend(head: HeadPattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if fused and not head.is_dense:
+            return _fused_attention(q, k, v, head, softmax_scale)
         if in_order and not head.blocks and implementation != "masked":
             if head.is_dense and implementation is None:
                 return _sdpa(q, k, v, softmax_scale, is_causal=True)
@@ -74,6 +79,17 @@ def dilated_attention(
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, **mask) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1], **mask)
+
+
+def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
+    if head.blocks:
+        from rat_megatron.ops.topk_attention_triton import topk_attention as topk_triton
+
+        return topk_triton(q, k, v, head, softmax_scale)
+    from rat_megatron.ops.dilated_attention_triton import dilated_attention as dilated_triton
+
+    q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # [b, heads, s, hn] -> [s, b, heads, hn]
+    return dilated_triton(q, k, v, head, softmax_scale).permute(1, 2, 0, 3)
 
 
 def _kept_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
@@ -105,6 +121,10 @@ def segment_attention(
     h >= min(window, start). kept_k and kept_v: [n, b, ng, hn], keys at kept_at [n] (on the CPU, in order), with all of kept_positions()
     before the first of k. Returns [s, b, np, hn].
     """
+    if triton_takes(q, k, v):
+        from rat_megatron.ops.dilated_attention_triton import segment_attention as segment_triton
+
+        return segment_triton(q, k, v, kept_k, kept_v, head, softmax_scale, start)
     q, k, v, kept_k, kept_v = (x.permute(1, 2, 0, 3) for x in (q, k, v, kept_k, kept_v))
     return _attend_in_blocks(q, k, v, kept_k, kept_v, kept_at, head, softmax_scale, start).permute(2, 0, 1, 3)
 

@@ -15,7 +15,11 @@ _CHUNK = 32
 
 
 def gated_scan(
-    f: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial_state: torch.Tensor | None = None
+    f: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs the recurrence over keys and values, before RoPE.
 
@@ -23,7 +27,15 @@ def gated_scan(
     when absent. Returns k~ and v~ [s, b, ng, hn] in the types of k and v, and the final state [2, b, ng, hn]. Gate, recurrence and
     state are fp32 (float64 when an input is). Differentiable once in all four inputs, through all three outputs. The backward
     saves only the inputs and recomputes the rest. Raises ValueError when shapes differ.
+
+    ``implementation`` is "torch", the choice so far, or "triton": kernels that pass over memory once, for CUDA tensors up to fp32.
     """
+    if implementation == "triton":
+        from rat_megatron.ops.gated_scan_triton import gated_scan as gated_scan_triton
+
+        return gated_scan_triton(f, k, v, initial_state)
+    if implementation not in (None, "torch"):
+        raise ValueError(f"implementation is None, 'torch' or 'triton', not {implementation!r}")
     dtype = _check(f, k, v)
     state_shape = (2, *k.shape[1:])
     if initial_state is None:

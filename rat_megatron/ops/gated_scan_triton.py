@@ -1,0 +1,153 @@
+"""The RAT+ recurrence in one pass over memory, with RoPE on the keys when asked for: gated_scan.py's functions in Triton.
+
+A program owns a chunk of steps of one head, as WIDTH rows of consecutive steps. It reduces the chunk to what it does to the state, waits
+for the state that its predecessor publishes, publishes its own, and writes the outputs from what it read ("chained scan").
+Nothing is added in an order that timing decides, so results repeat exactly. Source: RAT+ (arXiv 2602.18196).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rat_megatron.ops.gated_scan_kernels_triton import backward_kernel, forward_kernel, join_kernel, summary_kernel
+
+_WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LONG = 8192  # steps from which few heads get longer chunks
+
+
+def gated_scan(
+    f: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the recurrence over keys and values and, given cos and sin, turns the keys by RoPE afterwards.
+
+    f (gate logits), k and v: [s, b, ng, hn] in bf16, fp16 or fp32, s >= 1, any strides. initial_state: [2, b, ng, hn] (key part, value
+    part), zeros when absent. cos and sin: [s, hn / 2], of the angle of each step and pair of channels (c, c + hn / 2). Returns k~ and v~
+    [s, b, ng, hn] in the types of k and v and the final state [2, b, ng, hn] in fp32, before RoPE. Differentiable once in f, k, v and
+    initial_state, through all three outputs. Raises ValueError when shapes or types do not fit.
+    """
+    _check(f, k, v)
+    if initial_state is not None:
+        if initial_state.shape != (2, *k.shape[1:]):
+            raise ValueError(f"initial_state has shape {list(initial_state.shape)}, but k and v ask for {[2, *k.shape[1:]]}")
+        initial_state = initial_state.float().contiguous()
+    if (cos is None) != (sin is None):
+        raise ValueError("RoPE needs both cos and sin")
+    if cos is not None:
+        if k.shape[3] % 2 or cos.shape != (k.shape[0], k.shape[3] // 2) or sin.shape != cos.shape:
+            raise ValueError(f"cos and sin must be [s, hn / 2], not {list(cos.shape)} and {list(sin.shape)} for k {list(k.shape)}")
+        cos, sin = cos.contiguous(), sin.contiguous()
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (f, k, v, initial_state))
+    return _GatedScan.apply(_unit_stride(f), _unit_stride(k), _unit_stride(v), initial_state, cos, sin, training)
+
+
+@torch.no_grad()
+def scan_summary(f: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a stretch of tokens does to the state, h_out = A * h_in + B: f, k, v [s, b, ng, hn] -> fp32 [3, b, ng, hn], A and B of k, v."""
+    _check(f, k, v)
+    return _summarise(f, k, v, adjoint=False)
+
+
+@torch.no_grad()
+def adjoint_summary(f: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+    """The gradient of the initial state from a stretch's own outputs: f, dk~, dv~ [s, b, ng, hn] -> fp32 [2, b, ng, hn]."""
+    _check(f, grad_k, grad_v)
+    return _summarise(f, grad_k, grad_v, adjoint=True)[1:]
+
+
+class _GatedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f, k, v, initial, cos, sin, training):
+        length, batch, groups, hn = f.shape
+        heads = batch * groups
+        out_k = _dense_like(k)
+        out_v = torch.empty_like(out_k, dtype=v.dtype)
+        final = torch.empty(2, batch, groups, hn, dtype=torch.float32, device=f.device)
+        # Where few heads work side by side, the chain of chunks would set the time: longer chunks then, read twice instead of kept.
+        blocks = 2 if heads * hn < 4096 and length >= _LONG else 1
+        chunks = triton.cdiv(length, blocks * _WIDTH * _STEPS)
+        # For the backward pass: the state before every _STEPS steps.
+        saved = torch.empty(triton.cdiv(length, _STEPS), *final.shape, device=f.device) if training else None
+        forward_kernel[(chunks * heads,)](
+            f, k, v, out_k, out_v, initial, _unpublished(chunks, final), saved, final, cos, sin, length, heads, groups,
+            *_strides(f, k, v, out_k), **_options(f, blocks), BLOCKS=blocks, KEEP=blocks == 1 and not training,
+            INITIAL=initial is not None, SAVE=training, ROPE=cos is not None,
+        )  # fmt: skip
+        ctx.save_for_backward(f, k, v, saved, cos, sin)
+        ctx.has_initial = initial is not None
+        return out_k, out_v, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_k, grad_v, grad_final):
+        f, k, v, saved, cos, sin = ctx.saved_tensors
+        length, batch, groups, hn = f.shape
+        heads = batch * groups
+        grad_k, grad_v, grad_final = _unit_stride(grad_k), _unit_stride(grad_v), grad_final.contiguous()
+        out_k = _dense_like(k)
+        out_f, out_v = torch.empty_like(out_k, dtype=f.dtype), torch.empty_like(out_k, dtype=v.dtype)
+        grad_initial = torch.empty_like(grad_final)
+        chunks = triton.cdiv(length, _WIDTH * _STEPS)
+        backward_kernel[(chunks * heads,)](
+            f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, _unpublished(chunks, grad_final), grad_initial, grad_final, cos, sin,
+            length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), **_options(f), ROPE=cos is not None,
+        )  # fmt: skip
+        return out_f, out_k, out_v, grad_initial if ctx.has_initial else None, None, None, None
+
+
+def _summarise(f: Tensor, k: Tensor, v: Tensor, adjoint: bool) -> Tensor:
+    """Decay and end of both recurrences over all steps, [3, b, ng, hn]; adjoint: of the adjoint recurrence, which runs from the end."""
+    f, k, v = _unit_stride(f), _unit_stride(k), _unit_stride(v)
+    length, batch, groups, hn = f.shape
+    heads = batch * groups
+    # Enough pieces to fill the chip, and few enough for one program to join them.
+    pieces = min(32, triton.next_power_of_2(triton.cdiv(1024, heads)), triton.next_power_of_2(triton.cdiv(length, 256)))
+    span = triton.cdiv(length, pieces * _WIDTH)
+    lanes = triton.next_power_of_2(hn)
+    parts = torch.empty(pieces, 3, batch, groups, hn, dtype=torch.float32, device=f.device)
+    summary_kernel[(pieces * heads,)](
+        f, k, v, parts, length, span, heads, groups, pieces, *_strides(f, k, v),
+        HN=hn, LANES=lanes, WIDTH=_WIDTH, STEPS=_STEPS, ADJOINT=adjoint, num_warps=max(1, min(8, lanes * _WIDTH // 128)),
+    )  # fmt: skip
+    out = torch.empty_like(parts[0])
+    join_kernel[(triton.cdiv(heads * hn, 32),)](parts, out, heads * hn, PIECES=pieces, LANES=32, num_warps=4)
+    return out
+
+
+def _check(f: Tensor, k: Tensor, v: Tensor) -> None:
+    if not f.shape == k.shape == v.shape or f.dim() != 4 or f.shape[0] == 0:
+        raise ValueError(f"f, k and v must share one shape [s, b, ng, hn] with s >= 1, not {[list(x.shape) for x in (f, k, v)]}")
+    if any(x.dtype not in _TYPES for x in (f, k, v)):
+        raise ValueError(
+            f"f, k and v must be bf16, fp16 or fp32, not {[x.dtype for x in (f, k, v)]}; the torch implementation takes float64"
+        )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    """An empty tensor without gaps, its dimensions in the order in memory of x's."""
+    out = torch.empty_like(x)
+    return out if out.stride(3) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _unpublished(chunks: int, state: Tensor) -> Tensor:
+    """Room for the states between chunks, filled with the word that means "not there yet": a NaN that no arithmetic gives."""
+    return torch.full((max(chunks - 1, 1), *state.shape), -1, dtype=torch.int32, device=state.device)
+
+
+def _options(f: Tensor, blocks: int = 1) -> dict:
+    length, hn = f.shape[0], f.shape[3]
+    half = triton.next_power_of_2((hn + 1) // 2)
+    even = length % (blocks * _WIDTH * _STEPS) == 0 and hn == 2 * half
+    warps = max(1, min(16, blocks * half * _WIDTH // 128))  # measured: four channels a thread, or two where a chunk is long
+    return {"HN": hn, "HALF": half, "WIDTH": _WIDTH, "STEPS": _STEPS, "EVEN": even, "num_warps": warps}

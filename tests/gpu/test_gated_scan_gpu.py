@@ -1,0 +1,92 @@
+"""The Triton recurrence on a GPU, compared with float64."""
+
+import pytest
+import torch
+
+from rat_megatron.ops import gated_scan as definition
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from rat_megatron.ops.gated_scan_triton import adjoint_summary, gated_scan, scan_summary
+
+LENGTHS = [1, 2, 63, 64, 65, 300, 4096, 262144]
+
+
+def random_inputs(length, groups, hn, dtype, batch=1):
+    """f, k, v as slices of one projection, [length, batch, groups, hn], and an initial state."""
+    fused = torch.randn(length, batch, groups, 3 * hn, device="cuda").to(dtype)
+    return [x.requires_grad_() for x in (*fused.chunk(3, dim=-1), torch.randn(2, batch, groups, hn, device="cuda"))]
+
+
+def rotate(x, cos, sin):
+    low, high = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def assert_close(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        error = ((a.double() - e.double()).norm() / e.double().norm()).item()
+        assert error <= tolerance, error
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory holds NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_values_and_gradients(length, dtype, tolerance):
+    inputs = random_inputs(length, 1 if length > 4096 else 3, 128, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    outputs, expected = gated_scan(*inputs), definition.gated_scan(*exact)
+    weights = [torch.randn_like(x) for x in outputs]
+    gradients = torch.autograd.grad(outputs, inputs, weights)
+    assert_close(outputs, expected, tolerance)
+    assert_close(gradients, torch.autograd.grad(expected, exact, [x.double() for x in weights]), tolerance)
+    again = gated_scan(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, inputs, weights), gradients, strict=True))
+    with torch.no_grad():
+        assert_close(gated_scan(*inputs), expected, tolerance)
+        # Compared as one: the decay alone may be too small for fp32.
+        assert_close([scan_summary(*inputs[:3])], [definition.scan_summary(*exact[:3])], 1e-6)
+        adjoint = adjoint_summary(inputs[0], weights[0], weights[1])
+        assert_close([adjoint], [definition.adjoint_summary(exact[0], weights[0].double(), weights[1].double())], 1e-6)
+
+
+@pytest.mark.parametrize(("hn", "dtype", "tolerance"), [(128, torch.bfloat16, 3e-3), (96, torch.float32, 1e-6)])
+def test_rope_on_the_keys_alone(hn, dtype, tolerance):
+    inputs = random_inputs(300, 2, hn, dtype, batch=3)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    cos, sin = (table(torch.rand(300, hn // 2, device="cuda") * 6) for table in (torch.cos, torch.sin))
+    outputs = gated_scan(*inputs, cos, sin)
+    keys, values, final = definition.gated_scan(*exact)
+    expected = [rotate(keys, cos.double(), sin.double()), values, final]
+    weights = [torch.randn_like(x) for x in outputs]
+    assert_close(outputs, expected, tolerance)
+    gradients = torch.autograd.grad(expected, exact, [x.double() for x in weights])
+    assert_close(torch.autograd.grad(outputs, inputs, weights), gradients, tolerance)
+
+
+@pytest.mark.parametrize("logit", [30.0, -30.0])
+def test_saturated_gates(logit):
+    f, k, v, state = random_inputs(300, 2, 128, torch.float32)
+    f = torch.full_like(f, logit).requires_grad_()
+    outputs = gated_scan(f, k, v, state)
+    assert all(x.isfinite().all() for x in torch.autograd.grad([x.sum() for x in outputs], [f, k, v, state]))
+    exact = definition.gated_scan(*(x.detach().double() for x in (f, k, v, state)))
+    assert_close(outputs, exact, 1e-6)
+
+
+def test_a_nan_spreads_and_hangs_nothing():
+    f, k, v, _ = (x.detach() for x in random_inputs(4096, 2, 128, torch.bfloat16))
+    k[100], f[200] = torch.nan, torch.nan
+    keys, values, _ = gated_scan(f, k, v)
+    assert keys[:100].isfinite().all() and keys[100:].isnan().all()
+    assert values[:200].isfinite().all() and values[200:].isnan().all()
