@@ -1,185 +1,225 @@
-"""The inputs of `prepare`: which files there are, how they are cut into units of work, and the documents in a unit."""
+"""The inputs of `prepare`: how files are cut into units of work, and the documents in a unit. Which files there are: `inputs.py`."""
 
 from __future__ import annotations
 
+import bz2
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import lzma
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
 
+from rat_megatron.data.inputs import InputFile
+from rat_megatron.data.pool import DISK_FULL
 from rat_megatron.errors import UserError
 
 UNIT_BYTES = 32 << 20  # of text, about; fixed, so that units do not depend on the number of workers
-KINDS = {".txt": "text", ".jsonl": "jsonl", ".jsonl.gz": "gzip", ".jsonl.zst": "zstd", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """`name` is relative to the folder that was given, so that it does not depend on the machine."""
-
-    path: Path
-    name: str
-    kind: str  # a value of KINDS
+PLANNING_THREADS = 32  # wait for the footers of Parquet files on the Hub
+READ_AHEAD_BYTES = 8 << 20  # asked for at once from the Hub
+HUB_ATTEMPTS = 6  # to read something from the Hub; waits 1, 2, 4, 8 and 16 seconds between them
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a time: whole text files, the lines that begin in a byte range, or a range of row groups."""
+    """What one worker reads at a time: whole text files, the lines that begin in a byte range, row groups (Parquet) or rows (Arrow)."""
 
-    kind: str
-    paths: tuple[Path, ...]
-    begin: int  # byte or row group; the end is exclusive
+    files: tuple[InputFile, ...]
+    begin: int  # byte, row group or row; the end is exclusive
     end: int
     size: int  # bytes, for the progress bar
     key: str  # changes whenever what the unit reads may have changed
 
-
-def list_files(inputs: Iterable[str | Path], excluded: Path) -> list[InputFile]:
-    """The files named, and those of a known kind inside the folders named, in a fixed order; nothing under `excluded`."""
-    files = []
-    for given in map(Path, inputs):
-        if given.is_file():
-            if _kind(given) is None:
-                raise UserError(f"input {given} is of no known kind: give {', '.join(KINDS)} files or folders of them.")
-            files.append(InputFile(given, given.name, _kind(given)))
-        elif given.is_dir():
-            found = sorted(path for path in given.rglob("*") if path.is_file() and excluded.resolve() not in path.resolve().parents)
-            known = [InputFile(path, path.relative_to(given).as_posix(), kind) for path in found if (kind := _kind(path))]
-            if not known:
-                raise UserError(f"input folder {given} holds no {', '.join(KINDS)} file.")
-            files += known
-        else:
-            raise UserError(f"input {given} does not exist.")
-    seen: set[Path] = set()
-    for file in files:
-        if file.path.resolve() in seen:
-            raise UserError(f"input {file.path} is given twice.")
-        seen.add(file.path.resolve())
-    return files
-
-
-def _kind(path: Path) -> str | None:
-    return next((kind for suffix, kind in KINDS.items() if path.name.lower().endswith(suffix)), None)
+    @property
+    def is_remote(self) -> bool:
+        return self.files[0].is_remote
 
 
 def plan_units(files: list[InputFile], text_column: str) -> list[Unit]:
-    """Cuts the files, in order, into units of about UNIT_BYTES. Raises UserError for a Parquet file without the text column."""
+    """Cuts the files, in order, into units of about UNIT_BYTES. Raises UserError for a Parquet or Arrow file without the text column."""
     units: list[Unit] = []
-    texts: list[Path] = []  # small text files share a unit
+    texts: list[InputFile] = []  # small text files share a unit
     texts_size = 0
-    for file in files:
-        size = file.path.stat().st_size
-        if file.kind == "text":
-            texts, texts_size = [*texts, file.path], texts_size + size
-        if texts and (file.kind != "text" or texts_size >= UNIT_BYTES):
-            units.append(_unit("text", texts, 0, len(texts), texts_size))
-            texts, texts_size = [], 0
-        if file.kind == "jsonl":
-            edges = [*range(0, size, UNIT_BYTES), size]
-            units += [_unit("jsonl", [file.path], begin, end, end - begin) for begin, end in pairwise(edges)]
-        elif file.kind == "parquet":
-            units += _parquet_units(file.path, text_column)
-        elif file.kind != "text":
-            units.append(_unit(file.kind, [file.path], 0, size, size))  # compressed: read as a whole
+    with ThreadPoolExecutor(PLANNING_THREADS) as threads:
+        tables = (file if file.format in ("parquet", "arrow") else None for file in files)
+        planned = [file and threads.submit(retrying, file, _plan_table, file, text_column) for file in tables]
+        for file, table in zip(files, planned, strict=True):
+            if file.format == "text":
+                texts.append(file)
+                texts_size += file.size
+            if texts and (file.format != "text" or texts_size >= UNIT_BYTES):
+                units.append(_unit(texts, 0, len(texts), texts_size))
+                texts, texts_size = [], 0
+            if table is not None:
+                units += table.result()
+            elif file.format == "jsonl":  # a compressed file is read as a whole
+                edges = [0, file.size] if file.compression else [*range(0, file.size, UNIT_BYTES), file.size]
+                units += [_unit([file], begin, end, end - begin) for begin, end in pairwise(edges)]
     if texts:
-        units.append(_unit("text", texts, 0, len(texts), texts_size))
+        units.append(_unit(texts, 0, len(texts), texts_size))
     return units
 
 
-def _unit(kind: str, paths: list[Path], begin: int, end: int, size: int) -> Unit:
-    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr((kind, facts, begin, end)).encode()).hexdigest()[:24]
-    return Unit(kind, tuple(paths), begin, end, size, key)
+def retrying[T](file: InputFile, function: Callable[..., T], *arguments: Any) -> T:
+    """The result of function(*arguments), which reads `file`; from the Hub it is tried several times. Raises UserError when all fail."""
+    if not file.is_remote:
+        return function(*arguments)
+    from streaming.base.util import retry
 
-
-def _parquet_units(path: Path, text_column: str) -> list[Unit]:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    if text_column not in schema.names:
-        raise UserError(f"{path} has no column {text_column!r}, only {', '.join(schema.names)}: choose one with --text-column.")
-    column_type = schema.field(text_column).type
-    if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
-        raise UserError(f"column {text_column!r} of {path} holds {column_type}, not text: choose another with --text-column.")
+        return retry(OSError, num_attempts=HUB_ATTEMPTS)(function)(*arguments)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"{file.location} cannot be read, start the same command again to go on: {' '.join(str(error).split())}") from error
+
+
+def _unit(files: list[InputFile], begin: int, end: int, size: int) -> Unit:
+    facts = [(file.location, file.size, file.version) for file in files]
+    key = hashlib.sha256(repr((files[0].format, facts, begin, end)).encode()).hexdigest()[:24]
+    return Unit(tuple(files), begin, end, size, key)
+
+
+def _plan_table(file: InputFile, text_column: str) -> list[Unit]:
+    if file.format == "arrow":
+        with _readable(file):
+            table = _arrow_table(file)
+        _check_text_column(file, table.schema, text_column)
+        rows = max(1, UNIT_BYTES * table.num_rows // file.size)
+        edges = [*range(0, table.num_rows, rows), table.num_rows]
+        return [_unit([file], begin, end, (end - begin) * file.size // table.num_rows) for begin, end in pairwise(edges)]
+    with _readable(file), pyarrow.parquet.ParquetFile(_source(file)) as table:
+        metadata, schema = table.metadata, table.schema_arrow
+    _check_text_column(file, schema, text_column)
     units, begin, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         if size >= UNIT_BYTES or group == metadata.num_row_groups - 1:
-            units.append(_unit("parquet", [path], begin, group + 1, size))
+            units.append(_unit([file], begin, group + 1, size))
             begin, size = group + 1, 0
     return units
 
 
+def _check_text_column(file: InputFile, schema: pyarrow.Schema, text_column: str) -> None:
+    if text_column not in schema.names:
+        raise UserError(f"{file.location} has no column {text_column!r}, only {', '.join(schema.names)}: choose one with --text-column.")
+    found = schema.field(text_column).type
+    if not (pyarrow.types.is_string(found) or pyarrow.types.is_large_string(found)):
+        raise UserError(f"column {text_column!r} of {file.location} holds {found}, not text: choose another with --text-column.")
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------------------------
+
+
 def read_documents(unit: Unit, text_column: str) -> Iterator[str]:
     """The documents of a unit in order, each valid Unicode; empty ones are left out. Raises UserError for what cannot be read."""
-    read = {"text": _read_text, "parquet": _read_parquet}.get(unit.kind, _read_jsonl)
+    read = {"text": _read_text, "parquet": _read_parquet, "arrow": _read_arrow, "jsonl": _read_jsonl}[unit.files[0].format]
+    for text in read(unit, text_column):
+        if text:
+            yield text if text.isascii() else text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+
+
+@contextmanager
+def _readable(file: InputFile) -> Iterator[None]:
+    """Turns what goes wrong inside into one sentence that names the file. What goes wrong on the way from the Hub is left to be retried."""
     try:
-        for text in read(unit, text_column):
-            if text:
-                yield text if text.isascii() else text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        names = ", ".join(map(str, unit.paths))
-        raise UserError(f"{names} cannot be read: {str(error).splitlines()[0]}") from error
+        yield
+    except (pyarrow.ArrowInvalid, lzma.LZMAError, EOFError, OSError) as error:
+        if file.is_remote and not isinstance(error, pyarrow.ArrowInvalid):
+            raise
+        kind = {"parquet": "Parquet", "arrow": "Arrow"}.get(file.format)
+        what = f"is not a readable {kind} file" if kind and isinstance(error, pyarrow.ArrowInvalid) else "cannot be read"
+        raise UserError(f"{file.location} {what}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
+def _open(file: InputFile) -> BinaryIO:
+    """The file's bytes, decompressed."""
+    if file.compression in ("gzip", "zstd"):
+        return io.BufferedReader(pyarrow.CompressedInputStream(_source(file), file.compression))
+    if file.compression:
+        return {"xz": lzma.open, "bz2": bz2.open}[file.compression](_source(file))
+    return io.BufferedReader(_source(file), 1 << 20) if file.is_remote else open(file.location, "rb")
+
+
+def _source(file: InputFile) -> Any:
+    """What pyarrow and the decompressors open: the path, or an open file of the Hub."""
+    if not file.is_remote:
+        return file.location
+    import fsspec
+
+    return fsspec.filesystem("hf").open(file.location, "rb", block_size=READ_AHEAD_BYTES)
+
+
+def _arrow_table(file: InputFile) -> pyarrow.Table:
+    """Mapped into memory, not read. `datasets` writes the stream format; the other one begins with its name."""
+    source = pyarrow.memory_map(file.location)
+    reader = pyarrow.ipc.open_file if source.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+    source.seek(0)
+    return reader(source).read_all()
 
 
 def _read_text(unit: Unit, _: str) -> Iterator[str]:
-    for path in unit.paths:
+    for file in unit.files:
+        with _readable(file), _open(file) as opened:
+            content = opened.read()
         try:
-            yield path.read_bytes().decode("utf-8")
+            yield content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first.") from error
+            raise UserError(f"{file.location} is not UTF-8 text (byte {error.start}): convert it first.") from error
 
 
 def _read_parquet(unit: Unit, text_column: str) -> Iterator[str | None]:
-    with pyarrow.parquet.ParquetFile(unit.paths[0]) as file:
-        for batch in file.iter_batches(batch_size=256, row_groups=list(range(unit.begin, unit.end)), columns=[text_column]):
+    file, groups = unit.files[0], range(unit.begin, unit.end)
+    with _readable(file), pyarrow.parquet.ParquetFile(_source(file), pre_buffer=file.is_remote) as table:
+        for batch in table.iter_batches(batch_size=256, row_groups=list(groups), columns=[text_column]):
             yield from batch.column(0).to_pylist()
+
+
+def _read_arrow(unit: Unit, text_column: str) -> Iterator[str | None]:
+    with _readable(unit.files[0]):
+        column = _arrow_table(unit.files[0]).column(text_column)
+        for begin in range(unit.begin, unit.end, 256):
+            yield from column.slice(begin, min(256, unit.end - begin)).to_pylist()
 
 
 def _read_jsonl(unit: Unit, text_column: str) -> Iterator[str | None]:
     """Of a plain file, the lines that begin in [begin, end); of a compressed one, all lines."""
-    plain = unit.kind == "jsonl"
-    with _open_lines(unit) as file:
+    plain = unit.files[0].compression is None
+    with _readable(unit.files[0]), _open(unit.files[0]) as opened:
         position = 0
         if unit.begin:
-            file.seek(unit.begin - 1)  # one back: a line that begins exactly at `begin` is ours
-            position = unit.begin - 1 + len(file.readline())
-        while (position < unit.end or not plain) and (line := file.readline()):
+            opened.seek(unit.begin - 1)  # one back: a line that begins exactly at `begin` is ours
+            position = unit.begin - 1 + len(opened.readline())
+        while (position < unit.end or not plain) and (line := opened.readline()):
             if line.strip():
-                yield _text_of_line(line, unit, position, text_column)
+                yield _text_of_line(line, unit.files[0], position, text_column)
             position += len(line)
 
 
-def _open_lines(unit: Unit) -> io.BufferedReader:
-    path = unit.paths[0]
-    return open(path, "rb") if unit.kind == "jsonl" else io.BufferedReader(pyarrow.CompressedInputStream(str(path), unit.kind))
-
-
-def _text_of_line(line: bytes, unit: Unit, position: int, text_column: str) -> str | None:
+def _text_of_line(line: bytes, file: InputFile, position: int, text_column: str) -> str | None:
     try:
         document = json.loads(line)
     except ValueError as error:  # also what is not UTF-8
-        raise UserError(f"{_place(unit, position)} is not JSON ({error}): correct or remove it.") from error
+        raise UserError(f"{_place(file, position)} is not JSON ({error}): correct or remove it.") from error
     if not isinstance(document, dict) or text_column not in document:
-        raise UserError(f"{_place(unit, position)} has no field {text_column!r}: name the one with the text with --text-column.")
+        raise UserError(f"{_place(file, position)} has no field {text_column!r}: name the one with the text with --text-column.")
     text = document[text_column]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"field {text_column!r} in {_place(unit, position)} holds {type(text).__name__}, not text.")
+        raise UserError(f"field {text_column!r} in {_place(file, position)} holds {type(text).__name__}, not text.")
     return text
 
 
-def _place(unit: Unit, position: int) -> str:
+def _place(file: InputFile, position: int) -> str:
     """The line that begins at `position` in words; counted only when there is something to complain about."""
     lines = 1
-    with _open_lines(unit) as file:
-        while position and (block := file.read(min(position, 1 << 20))):
+    with _open(file) as opened:
+        while position and (block := opened.read(min(position, 1 << 20))):
             lines, position = lines + block.count(b"\n"), position - len(block)
-    return f"line {lines} of {unit.paths[0]}"
+    return f"line {lines} of {file.location}"

@@ -1,41 +1,27 @@
 """prepare: every token once, the same result for any number of workers and after any interruption, one sentence for bad input."""
 
 import gzip
-import itertools
 import json
 import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from streaming import LocalDataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rat_megatron.data import documents
-from rat_megatron.data import prepare as prepare_module
+from rat_megatron.data import documents, packing, tokenizing
 from rat_megatron.data.prepare import PrepareReport, prepare
 from rat_megatron.errors import UserError
+from tests.preparing import EOD, contents, documents_of, run_until_killed, samples_of, save_byte_tokenizer, stream_of
 
-EOD = 256
 T = 32
 EXTRA = {"tokenizer": "bytes", "seq_length": T, "workers": 1, "val_fraction": 0.2}
-
-
-def save_byte_tokenizer(folder: Path, eos: bool = True) -> str:
-    """One token a byte (ids in the order of the byte-level alphabet) and <|eod|>, id 256: a test can say which ids a text has."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    wrapped.add_special_tokens({"eos_token": "<|eod|>"} if eos else {"additional_special_tokens": ["<|eod|>"]})
-    wrapped.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,37 +54,23 @@ def inputs(tmp_path_factory, texts):
     return folder
 
 
+def make_small(patch):
+    """Many units and shards from little data; the workers are forks and see it too."""
+    patch.setattr(documents, "UNIT_BYTES", 3000)
+    patch.setattr(packing, "SHARD_SAMPLES", 300)
+
+
 @pytest.fixture(autouse=True)
-def small_units(monkeypatch):
-    monkeypatch.setattr(documents, "UNIT_BYTES", 3000)  # many units from little data; the workers are forks and see it too
+def small(monkeypatch):
+    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, inputs, tokenizer):
     output = tmp_path_factory.mktemp("prepared") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "UNIT_BYTES", 3000)
+        make_small(patch)
         return output, prepare([inputs], output, **{**EXTRA, "tokenizer": tokenizer})
-
-
-def samples_of(output: Path, split: str) -> np.ndarray:
-    """[samples, T + 1]"""
-    data = LocalDataset(str(output / split))
-    return np.stack([data[index]["tokens"] for index in range(len(data))])
-
-
-def stream_of(samples: np.ndarray) -> np.ndarray:
-    """The tokens of a split in a row, each once."""
-    assert (samples[1:, 0] == samples[:-1, -1]).all(), "successive samples share one token"
-    return np.concatenate([samples[0, :1], samples[:, 1:].ravel()])
-
-
-def documents_of(stream: np.ndarray) -> list[list[int]]:
-    return [part.tolist() for part in np.split(stream, np.flatnonzero(stream == EOD) + 1) if len(part)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_every_token_of_every_document_is_in_the_samples_once(prepared, texts, tokenizer):
@@ -172,40 +144,66 @@ def test_the_split_follows_the_text_and_the_seed(prepared, texts, tokenizer, tmp
     assert 0.14 < len(original) / len(texts) < 0.26
 
 
-def run_until_killed(inputs: Path, output: Path, tokenizer: str, step: str, after: int) -> int:
-    """Runs prepare in a fork, so that nothing heavy is imported again, that is killed at one call of a function; its exit code."""
-    child = os.fork()
-    if child == 0:
-        try:
-            main, calls, original = os.getpid(), itertools.count(), getattr(prepare_module, step)
-
-            def killing(*args, **kwargs):
-                in_step = step == "_encode" or os.getpid() == main  # only `_encode` is meant in a worker
-                if in_step and next(calls) == after:
-                    os.kill(main, signal.SIGKILL)
-                return original(*args, **kwargs)
-
-            setattr(prepare_module, step, killing)
-            prepare([inputs], output, **{**EXTRA, "tokenizer": tokenizer})
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize("step, after", [("_encode", 9), ("_pack", 1), ("_publish", 0), ("_write_json", 1)])
-def test_a_killed_run_goes_on_to_the_same_result(prepared, inputs, tokenizer, tmp_path, capfd, step, after):
-    """Killed while tokenizing, while packing, before the parts are moved, and between moving them and writing rat_meta.json."""
+@pytest.mark.parametrize(
+    "step, after",
+    [
+        ("tokenizing._encode", 9),
+        ("prepare.pack", 0),
+        ("packing._write_shard", 4),
+        ("packing.write_json", 4),  # a shard is there, but not its entry
+        ("prepare.pack", 1),
+        ("store.write_json", 0),  # rat_meta.json
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_result(prepared, inputs, tokenizer, tmp_path, step, after):
+    """Killed while tokenizing, before and while packing, between the splits, and between moving the parts and writing rat_meta.json."""
     output = tmp_path / "data"
-    assert run_until_killed(inputs, output, tokenizer, step, after) == -signal.SIGKILL
+    options = {**EXTRA, "tokenizer": tokenizer}
+    assert run_until_killed(f"rat_megatron.data.{step}", after, [inputs], output, **options) == -signal.SIGKILL
     assert not (output / "rat_meta.json").exists()
-    done_before = {path: path.stat().st_mtime_ns for path in (output / ".unfinished").glob("*.train")}
-    if step == "_encode":
+    kinds = ("*.train", "train/*.mds", "*.entry")
+    done_before = {path: path.stat().st_mtime_ns for kind in kinds for path in (output / ".unfinished").glob(kind)}
+    if step == "tokenizing._encode":
         assert len(done_before) >= after
+    if step == "packing._write_shard":
+        assert len([path for path in done_before if path.suffix == ".entry"]) == after
     kept = {path: path.open("rb") for path in done_before}  # still readable after the folder is gone
-    report = prepare([inputs], output, **{**EXTRA, "tokenizer": tokenizer})
+    report = prepare([inputs], output, **options)
     assert contents(output) == contents(prepared[0])
-    assert all(os.fstat(file.fileno()).st_mtime_ns == done_before[path] for path, file in kept.items()), "a finished unit was written again"
-    assert step == "_encode" or report.tokens_per_second == 0, "nothing was left to tokenize"
+    unfinished_shard = {output / ".unfinished" / "train" / "shard.00004.mds"}
+    again = [path for path, file in kept.items() if os.fstat(file.fileno()).st_mtime_ns != done_before[path]]
+    assert not set(again) - unfinished_shard, "what was finished was written again"
+    assert step == "tokenizing._encode" or report.tokens_per_second == 0, "nothing was left to tokenize"
+
+
+def test_runs_killed_at_any_moment_lose_and_repeat_nothing(prepared, inputs, tokenizer, tmp_path):
+    output, kills = tmp_path / "data", 0
+    while not (output / "rat_meta.json").exists():
+        child = os.fork()
+        if child == 0:
+            try:
+                prepare([inputs], output, **{**EXTRA, "tokenizer": tokenizer, "workers": 2})
+            finally:
+                os._exit(0)
+        time.sleep(0.05 * 1.5**kills)
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    prepare([inputs], output, **{**EXTRA, "tokenizer": tokenizer})
+    assert kills and contents(output) == contents(prepared[0])
+
+
+def test_a_dead_worker_ends_the_run_with_a_sentence(prepared, inputs, tokenizer, tmp_path, capfd):
+    options = {**EXTRA, "tokenizer": tokenizer}
+    assert run_until_killed("rat_megatron.data.tokenizing._encode", 9, [inputs], tmp_path / "data", victim="worker", **options) == 3
+    assert "UserError a worker process died, perhaps for lack of memory: start the same command again" in capfd.readouterr().err
+    prepare([inputs], tmp_path / "data", **options)
+    assert contents(tmp_path / "data") == contents(prepared[0])
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(inputs, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "open", lambda path, mode: open("/dev/full" if ".val." in path.name else path, mode), raising=False)
+    with pytest.raises(UserError, match="the disk is full .*: make room and start the same command again"):
+        prepare([inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer})
 
 
 def test_what_is_done_is_not_done_again(prepared, inputs, tokenizer, tmp_path, capsys):
@@ -215,6 +213,18 @@ def test_what_is_done_is_not_done_again(prepared, inputs, tokenizer, tmp_path, c
     assert "complete already" in capsys.readouterr().out
     assert again == PrepareReport(report.documents, report.tokens, report.train_samples, report.val_samples, 0.0, 0.0)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
+
+def test_data_of_a_version_that_knew_no_deduplication_is_complete(inputs, tokenizer, tmp_path, capsys):
+    options = {**EXTRA, "tokenizer": tokenizer}
+    prepare([inputs], tmp_path / "data", **options)
+    meta = json.loads((tmp_path / "data" / "rat_meta.json").read_text())
+    del meta["deduplicate"], meta["duplicates"]
+    (tmp_path / "data" / "rat_meta.json").write_text(json.dumps(meta))
+    prepare([inputs], tmp_path / "data", **options)
+    assert "complete already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="made with deduplicate False, not True"):
+        prepare([inputs], tmp_path / "data", deduplicate=True, **options)
 
 
 @pytest.mark.parametrize("change, complaint", [({"seq_length": 16}, "seq_length 32, not 16"), ({"seed": 2}, "seed 1005, not 2")])
@@ -241,6 +251,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 BAD_INPUTS = {
     "missing": (lambda folder: folder / "nowhere.txt", "nowhere.txt does not exist"),
+    "a URL": (lambda folder: "s3://bucket/text", "input s3://bucket/text cannot be read from there: copy it"),
     "unknown kind": (lambda folder: write(folder / "a.pdf", "x"), "a.pdf is of no known kind"),
     "empty folder": (lambda folder: folder / "empty", "empty holds no .txt"),
     "bad JSON": (
@@ -327,6 +338,6 @@ def test_the_command_prints_its_totals_and_ends_bad_input_with_code_2(inputs, to
 
 
 def test_settings_of_an_unfinished_run_are_kept(prepared, inputs, tokenizer, tmp_path):
-    run_until_killed(inputs, tmp_path / "data", tokenizer, "_pack", 0)
+    run_until_killed("rat_megatron.data.prepare.pack", 0, [inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer})
     with pytest.raises(UserError, match="holds an unfinished run with seq_length 32, not 16"):
         prepare([inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer, "seq_length": 16})

@@ -1,0 +1,77 @@
+"""What decides the result of `prepare` besides the inputs; stored in rat_meta.json, so that unfinished or finished data is recognized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rat_megatron.errors import UserError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Each field is a key of rat_meta.json."""
+
+    format_version: int
+    seq_length: int
+    vocab_size: int
+    eod_id: int
+    token_dtype: str  # uint16 | uint32
+    tokenizer_name: str
+    tokenizer_hash: str
+    text_column: str
+    val_fraction: float
+    seed: int
+    deduplicate: bool
+
+
+def load_tokenizer(name: str) -> Any:
+    """The Transformers tokenizer of this name or folder. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--tokenizer {name} cannot be loaded, give a Hugging Face name or a folder made by save_pretrained: {reason}"
+        ) from error
+
+
+def make_settings(tokenizer: Any, name: str, *, eod_token: str | None, **others: Any) -> Settings:
+    """Settings with what follows from the tokenizer filled in. Raises UserError when no token can end a document."""
+    vocabulary = tokenizer.get_vocab()
+    if eod_token is not None and eod_token not in vocabulary:
+        raise UserError(f"--eod-token {eod_token} is not in the vocabulary of --tokenizer {name}: choose one of its tokens.")
+    eod_id = tokenizer.eos_token_id if eod_token is None else vocabulary[eod_token]
+    if eod_id is None:
+        raise UserError(f"--tokenizer {name} has no end-of-sequence token: name the token that ends a document with --eod-token.")
+    vocab_size = max(len(tokenizer), max(vocabulary.values()) + 1)  # the second is larger when the vocabulary has holes
+    return Settings(
+        format_version=FORMAT_VERSION,
+        vocab_size=vocab_size,
+        eod_id=eod_id,
+        token_dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
+        tokenizer_name=Path(name).resolve().name if Path(name).is_dir() else name,  # no path of this machine in the data set
+        tokenizer_hash=_tokenizer_hash(tokenizer),
+        **others,
+    )
+
+
+def hash_of(value: Any) -> str:
+    """16 hexadecimal digits for what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Of what decides the ids: vocabulary, merges, normalization; not of names, paths or versions."""
+    if not tokenizer.is_fast:
+        return hash_of(sorted(tokenizer.get_vocab().items()))
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return hash_of({key: value for key, value in parts.items() if key not in ("version", "truncation", "padding")})
