@@ -11,8 +11,12 @@ import os
 from collections.abc import Iterator
 from functools import partial
 
-from rat_megatron.errors import exit_2_on_bad_input
-from rat_megatron.platform.cpu import patch_megatron_for_cpu, use_cpu_if_no_cuda
+from rat_megatron.training.exit_signal import EarlyExitSignal
+
+EXIT_SIGNAL = EarlyExitSignal()  # before the imports that follow, which take a while
+
+from rat_megatron.errors import exit_2_on_bad_input  # noqa: E402
+from rat_megatron.platform.cpu import patch_megatron_for_cpu, use_cpu_if_no_cuda  # noqa: E402
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists on it with tensor parallelism
 ON_CPU = use_cpu_if_no_cuda()  # before Megatron is imported
@@ -26,14 +30,18 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model  # noqa:
 from megatron.training import get_args, get_timers, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
-from rat_megatron.data.streaming import parse_data_path, train_batches, validation_batches  # noqa: E402
+from rat_megatron.data.streaming import train_batches, validation_batches  # noqa: E402
+from rat_megatron.data.streams import parse_data_path  # noqa: E402
 from rat_megatron.model.builder import rat_model_config_from_args  # noqa: E402
 from rat_megatron.model.core_attention import get_attention_pattern  # noqa: E402
 from rat_megatron.pattern import AttentionPattern  # noqa: E402
 from rat_megatron.training.arguments import parse_arguments  # noqa: E402
 from rat_megatron.training.arl import StepIterator  # noqa: E402
+from rat_megatron.training.finished import clear_finished, mark_finished  # noqa: E402
 from rat_megatron.training.megatron_hooks import install_hooks  # noqa: E402
 from rat_megatron.training.patterns_eval import RestartableIterator, loss_name  # noqa: E402
+from rat_megatron.training.suspicious import nan_noted  # noqa: E402
+from rat_megatron.training.watchdog import Watchdog  # noqa: E402
 
 
 def data_provider(num_samples: list[int | None], vp_stage: int | None = None):
@@ -71,6 +79,7 @@ def _build_batches():
             micro_batch_size=args.micro_batch_size,
             seed=args.seed,
             consumed_samples=args.consumed_train_samples,
+            cache_limit=args.rat_data_cache_limit,
             **common,
         )
     if args.eval_iters:
@@ -85,12 +94,14 @@ def _build_batches():
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The next microbatch on this rank's device: tokens, labels, loss_mask, position_ids [b, s / cp]."""
-    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    """The next microbatch on this rank's device: tokens, labels, loss_mask, position_ids [b, s / cp]; in training also sample_ids [b]."""
+    microbatch = next(data_iterator)  # as StepIterator keeps it, sample_ids included
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in microbatch.items() if name != "sample_ids"}
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return {**batch, "sample_ids": microbatch.get("sample_ids")}
 
 
-def loss_func(loss_mask: torch.Tensor, name: str, output: torch.Tensor):
+def loss_func(loss_mask: torch.Tensor, sample_ids: torch.Tensor | None, name: str, output: torch.Tensor):
     """Summed cross-entropy of the tokens that count, how many they are, and both for the log. output, loss_mask [b, s / cp]."""
     args = get_args()
     loss = (output.float() * loss_mask).sum()
@@ -98,7 +109,11 @@ def loss_func(loss_mask: torch.Tensor, name: str, output: torch.Tensor):
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     if args.check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
-            result=loss, rejection_func=torch.isnan, message="found NaN in local forward loss calculation", tolerance=0.0, fatal=True
+            result=loss,
+            rejection_func=torch.isnan if sample_ids is None else nan_noted(sample_ids),
+            message="found NaN in local forward loss calculation",
+            tolerance=0.0,
+            fatal=True,
         )
     if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         # Megatron divides by this number and averages over the ranks: make that the mean over all their tokens.
@@ -115,7 +130,7 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTMod
     timers("batch-generator").stop()
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     name = loss_name(get_attention_pattern(unwrap_model(model)), AttentionPattern.parse(get_args().rat_pattern))
-    return output, partial(loss_func, batch["loss_mask"], name)
+    return output, partial(loss_func, batch["loss_mask"], batch["sample_ids"], name)
 
 
 def main() -> None:
@@ -124,9 +139,15 @@ def main() -> None:
         config = pretrain_cfg_container_from_args(args, rat_model_config_from_args(args))
         if ON_CPU:
             patch_megatron_for_cpu(args.async_save)
-        install_hooks(args)
+        watchdog = Watchdog(args.rat_hang_timeout_in_mins) if args.rat_hang_timeout_in_mins else None
+        install_hooks(args, EXIT_SIGNAL, watchdog)
+        clear_finished(args.save)
+        step = watchdog.beating(forward_step) if watchdog else forward_step
         alone = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()  # plain python needs no rendezvous
-        pretrain(config, data_provider, ModelType.encoder_or_decoder, forward_step, store=alone)
+        pretrain(config, data_provider, ModelType.encoder_or_decoder, step, store=alone)
+        mark_finished(args.save)  # Megatron leaves the program where a signal or a time limit stops it
+        if watchdog:
+            watchdog.stop()
 
 
 if __name__ == "__main__":

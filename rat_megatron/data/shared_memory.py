@@ -8,12 +8,17 @@ Here a block that some process has mapped stays.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+CHECKED = "rat_checked"  # our own block beside Streaming's: which shards this node has compared with their hashes
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -22,7 +27,9 @@ def claiming_shared_memory() -> Iterator[None]:
     lock against this user's other runs there, and clears what killed ones left."""
     from streaming.base.distributed import barrier, get_local_rank
 
-    with open(Path(tempfile.gettempdir()) / f"rat_megatron_{os.getuid()}.lock", "a") as lock:
+    # Beside what it guards: a folder for temporary files may be shared by nodes, which would wait for each other.
+    folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    with open(folder / f"rat_megatron_{os.getuid()}.lock", "a") as lock:
         if get_local_rank() == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file, or dying, gives it back
         clean_stale_shared_memory()
@@ -37,13 +44,17 @@ def clean_stale_shared_memory() -> None:
 
     folder = Path("/dev/shm")
     if get_local_rank() == 0 and folder.is_dir():
-        blocks = [path for path in folder.glob("[0-9]*_*") if path.name.partition("_")[2] in SHM_TO_CLEAN]
+        blocks = [path for path in folder.glob("[0-9]*_*") if path.name.partition("_")[2] in (*SHM_TO_CLEAN, CHECKED)]
         stale = _unmapped(blocks)
         if stale:  # or created a moment ago, and about to be mapped
             time.sleep(0.2)
+        removed = 0
         for path in _unmapped(stale):
             with suppress(FileNotFoundError, PermissionError):  # live runs remove theirs; other users' are not ours to remove
                 path.unlink()
+                removed += 1
+        if removed:
+            log.warning("removed %d blocks of shared memory that a killed run left in %s", removed, folder)
     barrier()
 
 

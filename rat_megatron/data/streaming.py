@@ -11,177 +11,24 @@ in every epoch, as each epoch is shuffled anew. No sample comes twice in an epoc
 from __future__ import annotations
 
 import atexit
-import hashlib
-import json
 import logging
-import math
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from rat_megatron.data.order import SHUFFLE_ALGORITHM, SHUFFLE_BLOCK, batches_per_epoch, canonical_nodes
 from rat_megatron.data.shared_memory import claiming_shared_memory
+from rat_megatron.data.streams import Stream, cache_folder, samples_of, training_cache_limit
 from rat_megatron.errors import UserError
 
-META_FILE = "rat_meta.json"
-SHUFFLE_ALGORITHM = "py1e"
-SHUFFLE_BLOCK = 1 << 18  # samples
-CANONICAL_NODES = 64  # a node reads its own share of the shards when the number of nodes divides this
-SAMPLES_FOR_CANONICAL_NODES = 1 << 16  # smaller data is one sequence, so that no sample is left over for the sake of equal shares
-DOWNLOAD_TIMEOUT = 600.0  # seconds for one shard
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A data set made by `rat-megatron prepare`: a local folder or a URL, and its share of the samples (None: by size)."""
-
-    path: str
-    weight: float | None = None
-
-    @property
-    def is_remote(self) -> bool:
-        return "://" in self.path
-
-
-@dataclass(frozen=True)
-class DataMeta:
-    """What all streams agree on, and their samples per split together; `val_samples` is 0 when a stream has no validation split.
-
-    `tokenizer_path` is the folder (or URL) of the tokenizer's copy in the first stream."""
-
-    seq_length: int
-    vocab_size: int
-    eod_id: int
-    tokenizer_path: str
-    tokenizer_name: str
-    tokenizer_hash: str
-    train_samples: int
-    val_samples: int
-
-    @property
-    def has_validation(self) -> bool:
-        return self.val_samples > 0
-
-
-def parse_data_path(words: list[str]) -> list[Stream]:
-    """The streams of Megatron's --data-path: `PATH`, `PATH PATH ...` or `WEIGHT PATH WEIGHT PATH ...`. Raises UserError."""
-    if not words:
-        raise UserError("--data-path is empty: name a folder made by `rat-megatron prepare`.")
-    weights = [_as_number(word) for word in words[::2]]
-    if all(weight is None for weight in weights):
-        streams = [Stream(word.rstrip("/")) for word in words]
-    elif len(words) % 2 or None in weights or any(_as_number(word) is not None for word in words[1::2]):
-        raise UserError(f"--data-path {' '.join(words)} mixes weights and paths: write PATH..., or WEIGHT PATH for every stream.")
-    else:
-        if not all(weight > 0 and math.isfinite(weight) for weight in weights):
-            raise UserError(f"--data-path {' '.join(words)}: every weight must be a positive number.")
-        streams = [Stream(word.rstrip("/"), weight / sum(weights)) for weight, word in zip(weights, words[1::2], strict=True)]
-    paths = [stream.path for stream in streams]
-    if repeated := next((path for path in paths if paths.count(path) > 1), None):
-        raise UserError(f"--data-path names {repeated} twice: give it once, with a larger weight if more of it is wanted.")
-    return streams
-
-
-def _as_number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-# ---- checks before training ----------------------------------------------------------------------------------------------------------
-
-
-def check_streams(streams: list[Stream], *, seq_length: int, vocab_size: int | None = None, cache: str | None = None) -> DataMeta:
-    """Checks all that can be checked without reading a sample, and raises UserError for the first thing that is wrong.
-
-    Every stream has a readable rat_meta.json; all share tokenizer, end-of-document id and T; T is `seq_length`; the ids fit `vocab_size`,
-    the model's, unless None; every shard of a local stream is there in full. Streaming checks downloaded shards by their hash."""
-    metas = [_read_meta(stream, cache) for stream in streams]
-    first, first_path = metas[0], streams[0].path
-    for stream, meta in zip(streams, metas, strict=True):
-        if meta["seq_length"] != seq_length:
-            raise UserError(
-                f"{stream.path} holds samples of {meta['seq_length']} tokens: use --seq-length {meta['seq_length']}, or prepare it anew."
-            )
-        if vocab_size is not None and meta["vocab_size"] > vocab_size:
-            raise UserError(f"{stream.path} has a vocabulary of {meta['vocab_size']}, the model only {vocab_size}: raise --vocab-size.")
-        for key, what in (("tokenizer_hash", "tokenizer"), ("eod_id", "end-of-document token")):
-            if meta[key] != first[key]:
-                raise UserError(f"{stream.path} and {first_path} were prepared with another {what}: prepare one of them anew.")
-        if not stream.is_remote:
-            for split, totals in meta["splits"].items():
-                if totals["samples"]:
-                    _check_shards(Path(stream.path) / split)
-    samples = {split: [meta["splits"][split]["samples"] for meta in metas] for split in ("train", "val")}
-    return DataMeta(
-        seq_length=seq_length,
-        vocab_size=max(meta["vocab_size"] for meta in metas),
-        eod_id=first["eod_id"],
-        tokenizer_path=f"{first_path}/tokenizer",
-        tokenizer_name=first["tokenizer_name"],
-        tokenizer_hash=first["tokenizer_hash"],
-        train_samples=sum(samples["train"]),
-        val_samples=sum(samples["val"]) if all(samples["val"]) else 0,
-    )
-
-
-def _read_meta(stream: Stream, cache: str | None) -> dict[str, Any]:
-    path = Path(stream.path) / META_FILE
-    if stream.is_remote:
-        path = _cache_folder(stream, cache) / f"{META_FILE}.{os.getpid()}"  # every rank fetches its own: no barrier needed
-        _download(f"{stream.path}/{META_FILE}", path)
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name a folder that `rat-megatron prepare` has finished.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): prepare the data anew.") from error
-    finally:
-        if stream.is_remote:
-            path.unlink(missing_ok=True)
-    if meta.get("format_version") != 1:
-        raise UserError(f"{path} has format {meta.get('format_version')}, this version reads 1: prepare the data anew.")
-    return meta
-
-
-def _download(url: str, path: Path) -> None:
-    from streaming.base.storage.download import CloudDownloader
-
-    path.unlink(missing_ok=True)
-    try:
-        CloudDownloader.direct_download(url, str(path), DOWNLOAD_TIMEOUT)
-    except Exception as error:  # each storage service raises its own
-        raise UserError(f"{url} cannot be downloaded, check the address and the credentials: {error}") from error
-
-
-def _check_shards(folder: Path) -> None:
-    try:
-        shards = json.loads((folder / "index.json").read_text())["shards"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / 'index.json'} cannot be read ({error}): copy or prepare the data anew.") from error
-    for shard in shards:
-        path, size = folder / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
-        if not path.is_file():
-            raise UserError(f"shard {path} is missing: copy or prepare the data anew.")
-        if path.stat().st_size != size:
-            raise UserError(f"shard {path} has {path.stat().st_size} bytes instead of {size}: copy or prepare the data anew.")
-
-
-def _cache_folder(stream: Stream, cache: str | None) -> Path:
-    if cache is None:
-        raise UserError(f"--data-path {stream.path} is a URL: name a local folder for its shards with --data-cache-path.")
-    return Path(cache) / hashlib.sha256(stream.path.encode()).hexdigest()[:16]
-
-
-# ---- the two iterators ---------------------------------------------------------------------------------------------------------------
+PREFETCHED_BATCHES = 8  # whose shards each worker fetches ahead of the one that it hands out
 
 
 def train_batches(
@@ -197,14 +44,16 @@ def train_batches(
     num_workers: int = 2,
     shuffle: bool = True,
     cache: str | None = None,
+    cache_limit: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's microbatches (see `_microbatches`), from the first one after `consumed_samples` on, without end.
 
     Collective: every rank constructs and iterates it. `data_parallel` is this rank's data-parallel rank and their number dp: equal ones see
     the same samples, in whatever order the ranks of a model lie. Of each global batch, one gets 1/dp, as global_batch_size / dp /
-    micro_batch_size microbatches in a row. Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the environment; beyond one rank,
-    torch.distributed is initialized."""
-    from streaming import StreamingDataset
+    micro_batch_size microbatches in a row. Of remote shards, at most about `cache_limit` bytes stay in the folder `cache`, validation
+    included. Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the environment; beyond one rank, torch.distributed is
+    initialized. Raises UserError, also while iterated, for shards that are damaged or cannot be had, and when a worker dies."""
+    from rat_megatron.data.shards import CheckedDataset
 
     share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
     if consumed_samples % global_batch_size:
@@ -212,47 +61,48 @@ def train_batches(
             f"{consumed_samples} samples were consumed, not a multiple of --global-batch-size {global_batch_size}: "
             "keep the batch size of the run that wrote the checkpoint."
         )
-    samples = sum(_samples(stream, "train", cache) for stream in streams)
-    canonical_nodes = CANONICAL_NODES if samples >= SAMPLES_FOR_CANONICAL_NODES else 1
-    # Streaming evens out the canonical nodes with repeated samples at the very end of the sequence: stop before them.
-    batches_per_epoch = (samples - samples % canonical_nodes) // global_batch_size
-    if not batches_per_epoch:
+    samples = sum(samples_of(stream, "train", cache) for stream in streams)
+    batches = batches_per_epoch(samples, global_batch_size)
+    if not batches:
         raise UserError(
             f"--data-path has {samples} training samples, fewer than --global-batch-size {global_batch_size}: prepare more text."
         )
     logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)  # warns of a miscount of replicated samples; ours is exact
     with claiming_shared_memory():
-        dataset = StreamingDataset(
+        dataset = CheckedDataset(
             streams=_streaming_streams(streams, "train", cache),
             batch_size=share,
-            num_canonical_nodes=canonical_nodes,
+            predownload=PREFETCHED_BATCHES * share,
+            cache_limit=training_cache_limit(streams, cache, cache_limit),
+            num_canonical_nodes=canonical_nodes(samples),
             shuffle=shuffle,
             shuffle_algo=SHUFFLE_ALGORITHM,
             shuffle_seed=seed,
             shuffle_block_size=SHUFFLE_BLOCK,
             replication=_replication(data_parallel),
-            download_timeout=DOWNLOAD_TIMEOUT,
         )
     _place(dataset, data_parallel)
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        epoch, first = divmod(consumed_samples // global_batch_size, batches_per_epoch)
+    def microbatches() -> Iterator[dict[str, torch.Tensor]]:
+        epoch, first = divmod(consumed_samples // global_batch_size, batches)
         while True:
             dataset.load_state_dict(
                 {
                     "epoch": epoch,
                     "sample_in_epoch": first * global_batch_size,
-                    "num_canonical_nodes": canonical_nodes,
+                    "num_canonical_nodes": canonical_nodes(samples),
                     "shuffle_seed": seed,
                     # Streaming then lays out any number of nodes as it would one, also numbers that do not divide the canonical nodes.
                     "initial_physical_nodes": 1,
                 }
             )
-            for batch in islice(_batches(_loader(dataset, share, num_workers)), batches_per_epoch - first):
-                yield from _microbatches(batch, micro_batch_size, seq_length, eod_id)
+            loaded = _batches(_loader(dataset, share, num_workers))
+            for _ in range(first, batches):  # a loader that ends before fails: next() in a generator may not
+                yield from _microbatches(*next(loaded), micro_batch_size, seq_length, eod_id)
+            loaded.close()
             epoch, first = epoch + 1, 0
 
-    return batches()
+    return microbatches()
 
 
 def validation_batches(
@@ -271,17 +121,16 @@ def validation_batches(
 
     The samples are spread evenly over the validation splits and in the order of the data; the share of a stream is its weight, or its size.
     They are the same for any number of ranks, and none comes twice. Collective when constructed, not when iterated."""
-    from streaming import StreamingDataset
+    from rat_megatron.data.shards import CheckedDataset
 
     share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
-    sizes = [_samples(stream, "val", cache) for stream in streams]
+    sizes = [samples_of(stream, "val", cache) for stream in streams]
     indices = _spread(streams, sizes, num_samples - num_samples % global_batch_size, global_batch_size)
     with claiming_shared_memory():
-        dataset = StreamingDataset(
+        dataset = CheckedDataset(
             streams=_streaming_streams([Stream(stream.path) for stream in streams], "val", cache),
             batch_size=share,
             replication=_replication(data_parallel),
-            download_timeout=DOWNLOAD_TIMEOUT,
         )
     own = indices.reshape(-1, data_parallel[1], share)[:, data_parallel[0]].flatten()
     return _Validation(_loader(Subset(dataset, own.tolist()), share, num_workers), micro_batch_size, seq_length, eod_id)
@@ -295,7 +144,7 @@ class _Validation:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in _batches(self.loader):
-            yield from _microbatches(batch, self.micro_batch_size, self.seq_length, self.eod_id)
+            yield from _microbatches(*batch, self.micro_batch_size, self.seq_length, self.eod_id)
 
 
 def _spread(streams: list[Stream], sizes: list[int], num_samples: int, global_batch_size: int) -> np.ndarray:
@@ -350,25 +199,21 @@ def _place(dataset: Any, data_parallel: tuple[int, int]) -> None:
     )
 
 
-def _samples(stream: Stream, split: str, cache: str | None) -> int:
-    return _read_meta(stream, cache)["splits"][split]["samples"]
-
-
 def _streaming_streams(streams: list[Stream], split: str, cache: str | None) -> list[Any]:
     """Streaming's own stream objects: local folders are read in place, URLs through a cache folder of their own per split."""
-    from streaming import Stream as StreamingStream
+    from rat_megatron.data.shards import CheckedStream
 
-    def one(stream: Stream) -> StreamingStream:
+    def one(stream: Stream) -> CheckedStream:
         if not stream.is_remote:
-            return StreamingStream(local=f"{stream.path}/{split}", proportion=stream.weight)
-        local = str(_cache_folder(stream, cache) / split)
-        return StreamingStream(remote=f"{stream.path}/{split}", local=local, proportion=stream.weight, validate_hash="xxh64")
+            return CheckedStream(local=f"{stream.path}/{split}", proportion=stream.weight)
+        local = str(cache_folder(stream, cache) / split)
+        return CheckedStream(remote=f"{stream.path}/{split}", local=local, proportion=stream.weight)
 
     return [one(stream) for stream in streams]
 
 
 def _loader(dataset: Any, share: int, num_workers: int) -> DataLoader:
-    """Yields this rank's share of one global batch, [share, s + 1]."""
+    """Yields this rank's share of one global batch: tokens [share, s + 1] and sample ids [share]."""
     return DataLoader(
         dataset,
         batch_size=share,
@@ -380,16 +225,72 @@ def _loader(dataset: Any, share: int, num_workers: int) -> DataLoader:
     )
 
 
-def _batches(loader: DataLoader) -> Iterator[torch.Tensor]:
-    """The loader's batches. Its workers ignore the signal by which a program that ends stops them, and are killed instead."""
+def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The loader's batches; what goes wrong in its workers raises UserError here, or wherever the program is when a worker dies."""
     batches = iter(loader)
-    for worker in getattr(batches, "_workers", []):  # there are none when this process reads itself
-        atexit.register(worker.kill)
-    return batches
+    workers = getattr(batches, "_workers", [])  # there are none when this process reads itself
+    if workers:
+        _explain_dead_workers()
+        atexit.register(_kill, workers)
+    try:
+        yield from batches
+    except UserError as error:  # the worker's trace comes before its sentence
+        _kill(workers)
+        raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+    except (RuntimeError, OSError, EOFError) as error:  # a dead worker may first be noticed by its broken connection
+        dead = _dead_worker(error) or _first_dead(workers)
+        _kill(workers)
+        raise dead or error from None
 
 
-def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+def _explain_dead_workers() -> None:
+    """Torch raises from its handler of SIGCHLD as soon as a worker dies: puts our sentence in the place of its own."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or getattr(handler, "explains", False) or not callable(handler):
+        return
+
+    def explain(number: int, frame: Any) -> None:
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            raise _dead_worker(error) or error from None
+
+    explain.explains = True
+    signal.signal(signal.SIGCHLD, explain)
+
+
+def _dead_worker(error: RuntimeError) -> UserError | None:
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return _death(str(error).splitlines()[0].strip().rstrip("."))
+
+
+def _first_dead(workers: list[Any]) -> UserError | None:
+    dead = next((worker for worker in workers if multiprocessing.connection.wait([worker.sentinel], timeout=1 / len(workers))), None)
+    return dead and _death(f"pid {dead.pid}, exit code {dead.exitcode}")
+
+
+def _death(reason: str) -> UserError:
+    return UserError(
+        f"a process that reads the data has died ({reason}), most often for want of memory: lower --num-workers or ask for more memory, "
+        "and start again from the last checkpoint."
+    )
+
+
+def _kill(workers: list[Any]) -> None:
+    """Workers ignore the signal by which the loader, or a program that ends, would stop them, and they would be waited for."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
+    return torch.from_numpy(tokens), torch.tensor([int(sample["id"]) for sample in samples])
 
 
 def _ignore_signals(_: int) -> None:
@@ -398,16 +299,20 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _microbatches(batch: torch.Tensor, micro_batch_size: int, seq_length: int, eod_id: int) -> Iterator[dict[str, torch.Tensor]]:
-    """[share, s + 1] -> dicts of [b, s]: tokens, labels, position_ids (int64) and loss_mask (float32).
+def _microbatches(
+    tokens: torch.Tensor, ids: torch.Tensor, micro_batch_size: int, seq_length: int, eod_id: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """[share, s + 1], [share] -> dicts of [b, s]: tokens, labels, position_ids (int64) and loss_mask (float32); and sample_ids [b] (int64),
+    each sample's index in the streams laid end to end.
 
     The loss leaves out the token after an end-of-document token: nothing before it tells how the next document begins."""
     position_ids = torch.arange(seq_length).expand(micro_batch_size, seq_length)
-    for part in batch.split(micro_batch_size):
-        tokens = part[:, :-1].contiguous()
+    for part, part_ids in zip(tokens.split(micro_batch_size), ids.split(micro_batch_size), strict=True):
+        inputs = part[:, :-1].contiguous()
         yield {
-            "tokens": tokens,
+            "tokens": inputs,
             "labels": part[:, 1:].contiguous(),
-            "loss_mask": (tokens != eod_id).float(),
+            "loss_mask": (inputs != eod_id).float(),
             "position_ids": position_ids.contiguous(),
+            "sample_ids": part_ids.clone(),
         }

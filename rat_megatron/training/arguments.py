@@ -7,6 +7,7 @@ the command line.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from argparse import Namespace
 from functools import partial
@@ -19,7 +20,8 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from rat_megatron.convert.checkpoint import ARCHITECTURE, read_checkpoint_args
-from rat_megatron.data.streaming import check_streams, parse_data_path
+from rat_megatron.data.order import order_difference, order_facts
+from rat_megatron.data.streams import check_streams, parse_data_path
 from rat_megatron.errors import UserError
 from rat_megatron.pattern import AttentionPattern
 from rat_megatron.training import presets
@@ -57,7 +59,22 @@ def _add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | Non
         "--no-rat-recurrence", action="store_false", dest="rat_recurrence", help="Train the plain-attention baseline: no recurrence."
     )
     group.add_argument("--rat-eval-patterns", nargs="+", help="Patterns whose validation loss is reported. Default: --rat-pattern.")
+    group.add_argument(
+        "--rat-data-cache-limit",
+        type=_size,
+        help="Size that shards of remote streams may take in --data-cache-path on each node: 500gb, 2tb, ... Default: all of them stay.",
+    )
+    group.add_argument(
+        "--rat-allow-data-change",
+        action="store_true",
+        help="Resume also where --data-path, --seed or the blend give other samples than the checkpoint's run had before it.",
+    )
     group.add_argument("--rat-preset", choices=list(presets.PRETRAIN), help="Fills every flag that is not given with the paper's recipe.")
+    group.add_argument(
+        "--rat-hang-timeout-in-mins",
+        type=float,
+        help="Without progress for so long, every rank shows its stack and the run ends. Default: it waits.",
+    )
 
     parser.error = _refuse
     parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
@@ -70,18 +87,29 @@ def _add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | Non
     return parser
 
 
+def _size(word: str) -> int:
+    """A number of bytes with its unit."""
+    from streaming.base.util import bytes_to_int  # here because it takes seconds, and --help should not
+
+    try:
+        return bytes_to_int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{word}' is no size: write 500gb, 2tb, ...") from None
+
+
 def _refuse(message: str) -> None:
     raise UserError(message)
 
 
 def _given(flag: str) -> str | None:
-    """The value of a flag as typed, before parsing; None when it was not."""
+    """The value of a flag as typed, before parsing; the last one counts, as everywhere. None when it was not."""
+    value = None
     for index, word in enumerate(sys.argv[1:], start=1):
         if word == flag and index + 1 < len(sys.argv):
-            return sys.argv[index + 1]
+            value = sys.argv[index + 1]
         if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
-    return None
+            value = word.split("=", 1)[1]
+    return value
 
 
 def _platform_defaults() -> dict[str, Any]:
@@ -106,7 +134,11 @@ def _check_and_derive(args: Namespace) -> dict[str, Any]:
     check_layout(args)
     derived = _check_patterns(args) | _check_data(args)
     check_ranks(args)
-    derived |= {"load": args.load or args.save, "max_position_embeddings": args.max_position_embeddings or args.seq_length}
+    derived |= {
+        "rat_data_order": _data_order(args),
+        "load": args.load or args.save,
+        "max_position_embeddings": args.max_position_embeddings or args.seq_length,
+    }
     _check_checkpoints(args, derived)
     return derived
 
@@ -165,7 +197,13 @@ def _check_data(args: Namespace) -> dict[str, Any]:
     if not args.data_path:
         raise UserError("--data-path is missing: give one or more folders written by 'rat-megatron prepare', with weights if wanted")
     vocab_size = args.vocab_size if _given("--vocab-size") else None
-    meta = check_streams(parse_data_path(args.data_path), seq_length=args.seq_length, vocab_size=vocab_size, cache=args.data_cache_path)
+    meta = check_streams(
+        parse_data_path(args.data_path),
+        seq_length=args.seq_length,
+        vocab_size=vocab_size,
+        cache=args.data_cache_path,
+        cache_limit=args.rat_data_cache_limit,
+    )
     if not meta.has_validation and args.eval_iters:
         raise UserError("the data of --data-path has no validation split: give --eval-iters 0, or prepare it with --val-fraction")
     return {
@@ -173,6 +211,13 @@ def _check_data(args: Namespace) -> dict[str, Any]:
         "rat_eod_id": meta.eod_id,
         "rat_tokenizer_path": meta.tokenizer_path,
     }
+
+
+def _data_order(args: Namespace) -> dict[str, Any]:
+    """What fixes the order of the training samples; Megatron stores it with every checkpoint, as part of its arguments."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    batch = args.global_batch_size or args.micro_batch_size * (args.world_size // model)
+    return order_facts(parse_data_path(args.data_path), seed=args.seed, global_batch_size=batch, cache=args.data_cache_path)
 
 
 def _check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
@@ -185,13 +230,39 @@ def _check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
     source = resumed or args.pretrained_checkpoint
     if source is None:
         return
-    there, here = _architecture(read_checkpoint_args(Path(source))), _architecture(Namespace(**vars(args) | derived))
+    stored = read_checkpoint_args(Path(source), args.ckpt_step if resumed else None)
+    there, here = _architecture(stored), _architecture(Namespace(**vars(args) | derived))
     for name, value in here.items():
         if there[name] != value:
             raise UserError(
                 f"the checkpoint in {source} has {name} {there[name]}, this run asks for {value}: "
                 "give the flags of the checkpoint, or another folder"
             )
+    if resumed and not args.finetune and not args.skip_train:
+        _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
+
+
+def _check_data_order(stored: Namespace, here: dict[str, Any], source: str, allowed: bool) -> None:
+    """A run that resumes goes on with the next sample: same data, blend and seed, unless --rat-allow-data-change."""
+    there = getattr(stored, "rat_data_order", None)
+    if there is None:
+        _say(f"the checkpoint in {source} does not say which data it was trained on: whether these are the same is not checked")
+        return
+    consumed = getattr(stored, "consumed_train_samples", 0)
+    difference = order_difference(there, here, consumed)
+    if difference and not allowed:
+        raise UserError(
+            f"the checkpoint in {source} was trained on samples in another order ({difference}): give its data, seed and blend, "
+            "or --rat-allow-data-change to go on with these"
+        )
+    if difference:
+        _say(f"--rat-allow-data-change: after {consumed} samples the data are others than in the checkpoint in {source} ({difference})")
+
+
+def _say(line: str) -> None:
+    """One line in the log, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"rat-megatron: {line}", flush=True)
 
 
 def _architecture(args: Namespace) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class StepIterator:
         """Draws the next ``count`` microbatches, in the place of those before."""
         self._step, self._position = [next(self._source) for _ in range(count)], 0
 
+    def sample_ids(self) -> list[int]:
+        """The samples of the step's microbatches, as the streams count them."""
+        return [number for microbatch in self._step for number in microbatch["sample_ids"].tolist()]
+
     def rewind(self) -> None:
         """Goes back to the first microbatch of the step."""
         self._position = 0

@@ -24,13 +24,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rat_megatron.pattern import AttentionPattern
 from rat_megatron.training.arl import arl_train_step, step_loaded_first
+from rat_megatron.training.exit_signal import EarlyExitSignal
 from rat_megatron.training.flops import iteration_flops
 from rat_megatron.training.metrics import RunReport
 from rat_megatron.training.patterns_eval import evaluate_patterns, record_losses
+from rat_megatron.training.suspicious import jumps_noted
+from rat_megatron.training.watchdog import Watchdog
 
 
-def install_hooks(args: Namespace) -> None:
-    """Puts RAT+ into Megatron's loop, for validated arguments. Call once, before ``pretrain``."""
+def install_hooks(args: Namespace, exit_signal: EarlyExitSignal, watchdog: Watchdog | None = None) -> None:
+    """Puts RAT+ into Megatron's loop, for validated arguments, under a watchdog's eyes if there is one. Call once, before ``pretrain``."""
     target = AttentionPattern.parse(args.rat_pattern)
     report = RunReport(Path(args.save) if args.save else None)
 
@@ -40,7 +43,7 @@ def install_hooks(args: Namespace) -> None:
     # One iteration is two steps on microbatches drawn beforehand, and its duration is noted; train() calls the module's global.
     if args.rat_arl_pattern != "none":
         training.train_step = arl_train_step(training.train_step, AttentionPattern.parse(args.rat_arl_pattern), target)
-    training.train_step = report.timed(step_loaded_first(training.train_step))
+    training.train_step = exit_signal.handed_over(jumps_noted(report.timed(step_loaded_first(training.train_step))))
 
     # Validation under every pattern, and into report.json.
     patterns = [AttentionPattern.parse(word) for word in args.rat_eval_patterns]
@@ -73,6 +76,8 @@ def install_hooks(args: Namespace) -> None:
 
     # A finished run that is started again would write its last checkpoint over itself, and a kill meanwhile would lose it.
     training.save_checkpoint_and_time = _unless_saved(training.save_checkpoint_and_time, args)
+    if watchdog:  # Megatron's calls that take long without a microbatch
+        training.save_checkpoint_and_time = watchdog.beating(training.save_checkpoint_and_time)
 
     # A kill between opening and writing the tracker file would leave it empty, and with it no checkpoint to resume from.
     checkpointing.maybe_msc = _AtomicTracker()

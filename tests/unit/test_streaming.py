@@ -1,6 +1,5 @@
 """Streaming: the global batches depend on data and seed alone, whatever ranks, workers and restarts; bad data is named before training."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,42 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streaming import MDSWriter
 from streaming.base.partition import get_partitions
 
-from rat_megatron.data import shared_memory, streaming
-from rat_megatron.data.streaming import Stream, check_streams, parse_data_path, train_batches, validation_batches
+from rat_megatron.data import order, shared_memory, streams
+from rat_megatron.data.streaming import validation_batches
+from rat_megatron.data.streams import Stream, check_streams, parse_data_path
 from rat_megatron.errors import UserError
+from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
 
-EOD = 3
-T = 2  # samples [number, EOD or 0, number]: the first token says which sample it is
-GLOBAL_BATCH = 24
 FORK = multiprocessing.get_context("fork")  # torch and Streaming are imported once
-
-
-def write_data(folder: Path, train: int, val: int = 0, first: int = 0, **changes) -> str:
-    """A data set whose samples say who they are: tokens [id, EOD if id is odd else 0, id]. Ids count from `first`."""
-    for split, count in (("train", train), ("val", val)):
-        if count:
-            columns = {"tokens": f"ndarray:uint32:{T + 1}"}
-            with MDSWriter(columns=columns, out=str(folder / split), hashes=["xxh64"], size_limit=4000) as out:  # some shards
-                for number in range(first, first + count):
-                    out.write({"tokens": np.array([number, EOD if number % 2 else 0, number], np.uint32)})
-    meta = {"format_version": 1, "seq_length": T, "vocab_size": 1000, "eod_id": EOD, "tokenizer_name": "t", "tokenizer_hash": "h"}
-    splits = {"train": {"samples": train}, "val": {"samples": val}}
-    (folder / "rat_meta.json").write_text(json.dumps({**meta, "splits": splits, **changes}))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """1000 training samples: an epoch of 41 global batches and 16 samples left over."""
     return write_data(tmp_path_factory.mktemp("data"), train=1000, val=50)
-
-
-def batches_of(path: str | list[Stream], **changes):
-    settings = {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2, "seq_length": T, "eod_id": EOD, "seed": 7, "num_workers": 0}
-    return train_batches([Stream(path)] if isinstance(path, str) else path, **{**settings, **changes})
 
 
 def run_ranks(ranks: int, function: Callable[[], Any]) -> list[Any]:
@@ -98,10 +76,6 @@ def global_batches(path, *, ranks: int = 1, dp_ranks: list[int] | None = None, c
     return [sorted(sum((by_rank[leader][step] for leader in leaders), [])) for step in range(count)]
 
 
-def ids_of(microbatches: Iterable[dict[str, torch.Tensor]]) -> list[int]:
-    return torch.cat([batch["tokens"][:, 0] for batch in microbatches]).tolist()
-
-
 @pytest.fixture(scope="module")
 def reference(data):
     """Global batches of two epochs and a bit, from one process without workers."""
@@ -136,15 +110,15 @@ def test_global_batches_are_the_same_on_any_layout_and_after_resuming(data, refe
 
 
 def test_canonical_nodes_keep_the_order_too_and_repeat_nothing_at_the_end(data, monkeypatch):
-    monkeypatch.setattr(streaming, "SAMPLES_FOR_CANONICAL_NODES", 500)  # the forks see it too
-    order = global_batches(data, count=82)
-    for epoch in (sum(order[:40], []), sum(order[40:80], [])):
+    monkeypatch.setattr(order, "SAMPLES_FOR_CANONICAL_NODES", 500)  # the forks see it too
+    reference = global_batches(data, count=82)
+    for epoch in (sum(reference[:40], []), sum(reference[40:80], [])):
         assert len(epoch) == len(set(epoch)) == 960, "1000 samples are 15 for each of 64 nodes, and 40 left over"
     for start in (38, 80):
-        assert global_batches(data, count=2, consumed_samples=start * GLOBAL_BATCH, ranks=2, num_workers=1) == order[start : start + 2]
+        assert global_batches(data, count=2, consumed_samples=start * GLOBAL_BATCH, ranks=2, num_workers=1) == reference[start : start + 2]
 
 
-@pytest.mark.parametrize("samples, canonical_nodes", [(70_000, streaming.CANONICAL_NODES), (1000, 1)])
+@pytest.mark.parametrize("samples, canonical_nodes", [(70_000, order.CANONICAL_NODES), (1000, 1)])
 @pytest.mark.parametrize("nodes, ranks", [(1, 4), (2, 2), (3, 2), (4, 1), (12, 1)])
 def test_streaming_lays_out_any_number_of_nodes_alike(samples, canonical_nodes, nodes, ranks):
     """What the order rests on, asked of Streaming itself, as one machine cannot be several nodes."""
@@ -166,6 +140,7 @@ def test_a_microbatch_leaves_out_what_follows_an_end_of_document(data):
         "labels": ((4, T), torch.int64),
         "loss_mask": ((4, T), torch.float32),
         "position_ids": ((4, T), torch.int64),
+        "sample_ids": ((4,), torch.int64),
     }
     assert (batch["tokens"][:, 1:] == batch["labels"][:, :-1]).all()
     assert (batch["labels"][:, -1] == batch["tokens"][:, 0]).all()
@@ -324,9 +299,9 @@ def _run_forever(path: str, cache: str, started) -> None:
     time.sleep(60)
 
 
-def test_a_killed_run_does_not_break_the_next(data, tmp_path, monkeypatch):
+def test_a_killed_run_does_not_break_the_next(data, tmp_path, monkeypatch, caplog):
     """Streaming takes a cache folder with shared memory left over for one in use; a stream with a cache is one with a URL."""
-    monkeypatch.setattr(streaming.Stream, "is_remote", property(lambda stream: True))  # a local folder stands for the bucket
+    monkeypatch.setattr(streams.Stream, "is_remote", property(lambda stream: True))  # a local folder stands for the bucket
     cache, started = str(tmp_path), FORK.Event()
     process = FORK.Process(target=_run_forever, args=(data, cache, started))
     process.start()
@@ -338,6 +313,7 @@ def test_a_killed_run_does_not_break_the_next(data, tmp_path, monkeypatch):
     check_streams([Stream(data)], seq_length=T, cache=cache)
     assert len(next(batches_of(data, cache=cache))["tokens"]) == 2
     assert not any(path.exists() for path in left if path not in _blocks_mapped_by(os.getpid()))
+    assert [record for record in caplog.records if "blocks of shared memory that a killed run left" in record.message]
 
 
 def test_shared_memory_of_a_live_run_is_left_alone(data, tmp_path):
@@ -382,7 +358,11 @@ def test_runs_that_start_together_on_one_node_do_not_collide(data):
 
 def _blocks_mapped_by(pid: int) -> set[Path]:
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return {Path(line.split()[-1]) for line in lines if "/dev/shm/" in line and line.endswith(("_locals", "_barrier", "_next_epoch"))}
+    return {
+        Path(line.split()[-1])
+        for line in lines
+        if "/dev/shm/" in line and line.endswith(("_locals", "_barrier", "_next_epoch", "_rat_checked"))
+    }
 
 
 def test_a_url_needs_a_cache_folder():
@@ -392,7 +372,8 @@ def test_a_url_needs_a_cache_folder():
 
 def test_a_program_ends_while_its_workers_wait(data):
     script = f"""
-from rat_megatron.data.streaming import Stream, train_batches
+from rat_megatron.data.streaming import train_batches
+from rat_megatron.data.streams import Stream
 batches = train_batches([Stream({data!r})], global_batch_size=24, micro_batch_size=2, seq_length=2, eod_id=3, seed=7, num_workers=2)
 next(batches)
 """
