@@ -84,7 +84,18 @@ def _add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | Non
             recipe.pop("lr_warmup_fraction", None)
         parser.set_defaults(**recipe)
     parser.set_defaults(**(derived or {}))
+    _let_help_print(parser)
     return parser
+
+
+def _let_help_print(parser: argparse.ArgumentParser) -> None:
+    """Some help of Megatron's has a plain percent sign, on which argparse stumbles: --help would end in a traceback."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (TypeError, ValueError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _size(word: str) -> int:

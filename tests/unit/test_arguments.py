@@ -111,6 +111,11 @@ def test_bad_input_has_its_sentence(check, tiny_data, flags, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_help_prints():
+    result = pretrain("--help")
+    assert "--rat-pattern" in result.stdout and "--tensor-model-parallel-size" in result.stdout
+
+
 def test_missing_size_names_the_flag(check, tiny_data):
     with pytest.raises(UserError, match="--num-layers is missing: give it, or a --rat-preset"):
         check("--data-path", tiny_data)
