@@ -147,7 +147,7 @@ requeue() {
         say "not requeued: $count restarts without a new checkpoint (MAX_RESTARTS=$MAX_RESTARTS); the logs of the last start are in $logs"
         exit 1
     fi
-    trap '' TERM USR1 # Slurm now ends this script
+    trap '' TERM USR1 # Slurm ends this script, but not before it is done
     if [ $# -gt 0 ]; then
         say "requeued without $1"
         scontrol requeuehold "$SLURM_JOB_ID"
@@ -159,7 +159,9 @@ requeue() {
         say "requeued"
         scontrol requeue "$SLURM_JOB_ID"
     fi
-    sleep 300
+    trap 'exit 1' TERM
+    sleep 300 &
+    wait
     exit 1
 }
 
