@@ -73,7 +73,10 @@ class Cluster:
         missing = [name for name in PROGRAMS if shutil.which(name) is None]
         if missing:
             return f"needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
-        return None if os.getuid() == 0 else "needs root: it starts slurmd"
+        if os.getuid() != 0:
+            return "needs root: it starts slurmd"
+        mounting = subprocess.run(["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"], capture_output=True)
+        return "needs the right to mount: each node has a /dev/shm of its own" if mounting.returncode else None
 
     def start_node(self, name: str) -> None:
         """A slurmd with a /dev/shm of its own, as a node of its own has."""

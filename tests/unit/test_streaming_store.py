@@ -125,7 +125,8 @@ def test_a_remote_stream_is_read_as_a_local_one_and_stays_in_the_cache(store, ca
 
 @pytest.mark.parametrize("answers", [[500, 503], ["flip"], ["hang"]], ids=str)
 def test_a_bad_moment_of_the_store_heals_and_says_so(store, cache, written, caplog, monkeypatch, answers):
-    monkeypatch.setattr(download, "ATTEMPT_SECONDS", 1.0)
+    if answers == ["hang"]:
+        monkeypatch.setattr(download, "ATTEMPT_SECONDS", 5.0)  # enough for the other shards on a machine that is busy
     store.answers[SHARD] = list(answers)
     assert read(store, cache) == ids_of(islice(batches_of(written), 41 * 12))
     healed = [record.message for record in caplog.records if "downloaded at attempt" in record.message]
@@ -143,15 +144,15 @@ def test_a_store_that_does_not_recover_ends_with_the_address(store, cache, monke
 
 
 def test_a_store_that_hangs_is_given_up_in_bounded_time(store, cache, monkeypatch):
-    monkeypatch.setattr(download, "ATTEMPT_SECONDS", 0.5)
-    monkeypatch.setattr(download, "PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(download, "ATTEMPT_SECONDS", 4.0)  # enough for the other shards on a machine that is busy
+    monkeypatch.setattr(download, "PATIENCE_SECONDS", 4.5)
     store.answers[SHARD] = ["hang"] * 1000
     started = time.monotonic()
     with pytest.raises(
         UserError, match=rf"^{store.url}/{SHARD} cannot be downloaded \(attempt [12]: (not complete within|Read timeout).*$"
     ):
         read(store, cache, num_workers=1)
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("workers", [0, 2])
