@@ -39,6 +39,9 @@ def train(folder: Path, *flags: str | Path, alone: bool = False) -> Run:
     with _single_rank() if alone else nullcontext():
         if first_rank or not alone:
             _train_here(flags, folder, losses)
+    if not alone:  # the layout's groups go, and with them their many threads
+        torch.distributed.destroy_process_group()
+        join_ranks()
     every: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, losses)
     losses = max(every, key=lambda steps: len(steps[0]) if steps else 0)  # the last pipeline stage has them
