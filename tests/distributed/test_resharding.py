@@ -21,16 +21,17 @@ CHAIN = {
 
 
 def test_checkpoints_move_between_layouts(ranks, data):
+    folder = ranks / "resharding"  # test_layouts.py has folders of the same names
     run = ["--data-path", data, "--rat-arl-pattern", "d8", "--lr-decay-iters", 8, "--group-query-attention", "--num-query-groups", 2]
     run += ["--use-distributed-optimizer"]
-    start = ["--pretrained-checkpoint", train(ranks / "start", *run, "--train-iters", 1, alone=True).checkpoint]
-    uninterrupted = train(ranks / "uninterrupted", *run, *start, "--train-iters", 8, alone=True)
-    last = train(ranks / "tp2+pp2", *run, *start, *TP2, *PP2, "--train-iters", 4)
+    start = ["--pretrained-checkpoint", train(folder / "start", *run, "--train-iters", 1, alone=True).checkpoint]
+    uninterrupted = train(folder / "uninterrupted", *run, *start, "--train-iters", 8, alone=True)
+    last = train(folder / "tp2+pp2", *run, *start, *TP2, *PP2, "--train-iters", 4)
     written = tensors(last.checkpoint)
     assert sum(name.startswith("optimizer.state.exp_avg") for name in written) > 10
     for name, flags in [*CHAIN.items(), ("one rank", [])]:
         # At its last iteration already: loads, and writes what it loaded.
-        last = train(ranks / f"again {name}", *run, *flags, "--load", last.checkpoint, "--train-iters", 4, alone=name == "one rank")
+        last = train(folder / f"again {name}", *run, *flags, "--load", last.checkpoint, "--train-iters", 4, alone=name == "one rank")
         again = tensors(last.checkpoint)
         assert again.keys() == written.keys()
         different = [key for key, tensor in written.items() if not torch.equal(tensor, again[key])]
@@ -39,7 +40,7 @@ def test_checkpoints_move_between_layouts(ranks, data):
     assert uninterrupted.losses[4]["lm loss"] != pytest.approx(uninterrupted.losses[3]["lm loss"], rel=1e-3)  # batches differ
     for name, flags in (("dp4", []), ("tp2+sp+cp2", TP2 + SP + CP2)):
         longer = ["--train-iters", 8, "--override-opt-param-scheduler"]
-        resumed = train(ranks / f"resumed {name}", *run, *flags, "--load", last.checkpoint, *longer)
+        resumed = train(folder / f"resumed {name}", *run, *flags, "--load", last.checkpoint, *longer)
         assert len(resumed.losses) == 5  # four iterations and the validation
         for there, here in zip(uninterrupted.losses[4:], resumed.losses, strict=True):
             assert here == pytest.approx(there, rel=1e-4)
