@@ -94,6 +94,33 @@ class HeadPattern:
             return keys
         return keys[self.mask(torch.tensor([[length]]), keys[None])[0]]
 
+    @property
+    def ring_size(self) -> int:
+        """Slots of a compact cache's ring: W + 1, so that writing a token spares those its own query sees; without a window, none."""
+        return self.window + 1 if self.window else 0
+
+    def cache_slots(self, max_length: int) -> int:
+        """Entries of a compact cache per row and key head, for rows of up to max_length tokens: at most S + W + 1 + max_length / D."""
+        if self.blocks:
+            return max_length
+        dilated = max(0, max_length // self.dilation - self.sinks // self.dilation) if self.dilation else 0
+        return self.sinks + self.ring_size + dilated
+
+    def slot_positions(self, slots: int, lengths: torch.Tensor) -> torch.Tensor:
+        """Position of the token in every slot after lengths [b] tokens, -1 in unused slots: [b, slots]. This defines the compact cache.
+
+        First the S sinks, then a ring for the last W + 1 other tokens, then every D-th other token, which stands in the ring too while
+        it is that recent; top-k patterns and dense ones keep every token in order.
+        """
+        last = lengths[:, None].long() - 1
+        slot = torch.arange(slots, device=lengths.device)
+        ring, dilation = self.ring_size, 1 if self.blocks else self.dilation or 1
+        in_ring = (slot >= self.sinks) & (slot < self.sinks + ring)
+        recent = last - (last - slot) % max(ring, 1)  # the last position whose slot this is: position p has sinks + (p - sinks) % ring
+        dilated = (slot - self.sinks - ring + 1 + self.sinks // dilation) * dilation - 1
+        position = torch.where(slot < self.sinks, slot, torch.where(in_ring, recent, dilated))
+        return torch.where((position <= last) & (~in_ring | (recent >= self.sinks)), position, -1)
+
     def pairs(self, length: int) -> int:
         """Number of (query, key) pairs that ``length`` tokens make."""
         t = torch.arange(length, dtype=torch.int64)

@@ -46,7 +46,7 @@ class DecodeCache:
         """A cache for rows of up to max_length tokens, ready for the first token. Raises ValueError for top-k patterns."""
         if head.blocks:
             raise ValueError(f"attention pattern '{head}' chooses keys by score, so it needs all of them: it has no compact cache")
-        shape = (batch, groups, cache_capacity(head, max_length), head_dim)
+        shape = (batch, groups, head.cache_slots(max_length), head_dim)
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         state = torch.zeros(2, batch, groups, head_dim, dtype=torch.promote_types(dtype, torch.float32), device=device)
         return cls(head, max_length, keys, values, state)
@@ -54,29 +54,6 @@ class DecodeCache:
     @property
     def capacity(self) -> int:
         return self.k.shape[2]
-
-
-def ring_size(head: HeadPattern) -> int:
-    """Slots of the ring: W + 1, so that writing a token spares those its own query sees; without a window, none."""
-    return head.window + 1 if head.window else 0
-
-
-def cache_capacity(head: HeadPattern, max_length: int) -> int:
-    """Entries per row and key head, for rows of up to max_length tokens: at most S + W + 1 + max_length / D."""
-    dilated = max(0, max_length // head.dilation - head.sinks // head.dilation) if head.dilation else 0
-    return head.sinks + ring_size(head) + dilated
-
-
-def stored_positions(head: HeadPattern, capacity: int, lengths: torch.Tensor) -> torch.Tensor:
-    """Position of the token in every slot after lengths [b] tokens, -1 in unused slots: [b, capacity]. The definition of the layout."""
-    last = lengths[:, None].long() - 1
-    slot = torch.arange(capacity, device=lengths.device)
-    ring, dilation = ring_size(head), head.dilation or 1
-    in_ring = (slot >= head.sinks) & (slot < head.sinks + ring)
-    recent = last - (last - slot) % max(ring, 1)  # the last position whose slot this is: position p has sinks + (p - sinks) % ring
-    dilated = (slot - head.sinks - ring + 1 + head.sinks // dilation) * dilation - 1
-    position = torch.where(slot < head.sinks, slot, torch.where(in_ring, recent, dilated))
-    return torch.where((position <= last) & (~in_ring | (recent >= head.sinks)), position, -1)
 
 
 @torch.no_grad()
@@ -99,8 +76,8 @@ def prefill_cache(cache: DecodeCache, k: torch.Tensor, v: torch.Tensor, state: t
             f"a prompt of {length} tokens does not fit a cache made for {cache.max_length}: allocate it with a larger max_length"
         )
     cache.state.copy_(state)
-    filled = min(cache.capacity, cache_capacity(cache.head, length))
-    stored = stored_positions(cache.head, filled, positions.amax(dim=1) + 1)
+    filled = min(cache.capacity, cache.head.cache_slots(length))
+    stored = cache.head.slot_positions(filled, positions.amax(dim=1) + 1)
     first = (positions == 0).int().argmax(dim=1, keepdim=True)  # column of a row's first token
     columns = (first + stored).clamp(min=0)  # unused slots take some token or other
     index = columns[:, None, :, None].expand(batch, groups, filled, head_dim)
@@ -134,9 +111,9 @@ def decode_step(
     new_v = cache.state[1].to(cache.v.dtype)
 
     at, slot = lengths[:, None], torch.arange(cache.capacity, device=lengths.device)
-    stored = stored_positions(cache.head, cache.capacity, lengths)
+    stored = cache.head.slot_positions(cache.capacity, lengths)
     local = at - stored <= cache.head.window
-    fixed = torch.where(slot < cache.head.sinks + ring_size(cache.head), local | (slot < cache.head.sinks), ~local)
+    fixed = torch.where(slot < cache.head.sinks + cache.head.ring_size, local | (slot < cache.head.sinks), ~local)
     seen = ((stored >= 0) & fixed)[:, None, :, None]  # [b, 1, capacity, 1]
     keys, values = (
         torch.cat([kept.where(seen, 0), new[:, :, None]], dim=2).to(gate.dtype) for kept, new in ((cache.k, new_k), (cache.v, new_v))
@@ -146,7 +123,7 @@ def decode_step(
     hidden = torch.nn.functional.pad(~seen.mT, (0, 1))  # the token sees itself
     out = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ values
 
-    written = (stored_positions(cache.head, cache.capacity, lengths + 1) == at)[:, None, :, None]
+    written = (cache.head.slot_positions(cache.capacity, lengths + 1) == at)[:, None, :, None]
     cache.k.copy_(torch.where(written, new_k[:, :, None], cache.k))
     cache.v.copy_(torch.where(written, new_v[:, :, None], cache.v))
     return out.flatten(1, 2).to(q.dtype)

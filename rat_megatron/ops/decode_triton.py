@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rat_megatron.ops.decode import DecodeCache, check_step, ring_size
+from rat_megatron.ops.decode import DecodeCache, check_step
 
 _LOG2_E = 1.4426950408889634
 _BLOCK = 32  # entries per step of the loop; small programs with deep pipelines: within 3% of the best tiling for every shape measured
@@ -57,7 +57,7 @@ def decode_step(
         *(x.stride(i) for x in (q, f, k, v) for i in (0, 1)), cos.stride(0), sin.stride(0),
         softmax_scale * _LOG2_E, batch, groups, capacity,
         ROWS=heads // groups, TILE_ROWS=max(16, triton.next_power_of_2(heads // groups)), HEAD_DIM=head_dim,
-        SINKS=head.sinks, WINDOW=head.window, RING=ring_size(head), DILATION=head.dilation or 0,
+        SINKS=head.sinks, WINDOW=head.window, RING=head.ring_size, DILATION=head.dilation or 0,
         SPLITS=splits, BLOCK=_BLOCK, STAGES=_STAGES, num_warps=_WARPS,
     )  # fmt: skip
     if splits > 1:

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from rat_megatron.ops import decode
-from rat_megatron.ops.decode import DecodeCache, stored_positions
+from rat_megatron.ops.decode import DecodeCache
 from rat_megatron.ops.decode_triton import decode_step
 from rat_megatron.pattern import HeadPattern
 
@@ -31,7 +31,7 @@ def random_cache(head: HeadPattern, groups: int, lengths: torch.Tensor, dtype: t
     """A cache of random entries, NaN where no token is."""
     cache = DecodeCache.empty(head, len(lengths), groups, dim, max_length, dtype, "cuda")
     generator = torch.Generator("cuda").manual_seed(5)
-    stored = stored_positions(head, cache.capacity, lengths)[:, None, :, None]
+    stored = head.slot_positions(cache.capacity, lengths)[:, None, :, None]
     for kept in (cache.k, cache.v):
         kept.normal_(generator=generator).masked_fill_(stored < 0, torch.nan)
     cache.state.normal_(generator=generator)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rat_megatron.ops.decode import DecodeCache, cache_capacity, decode_step, prefill_cache, stored_positions
+from rat_megatron.ops.decode import DecodeCache, decode_step, prefill_cache
 from rat_megatron.ops.gated_scan import gated_scan
 from rat_megatron.pattern import HeadPattern
 from tests import reference
@@ -109,9 +109,9 @@ def test_saturated_gates(gate):
 @pytest.mark.parametrize("word", WORDS)
 def test_slots_hold_exactly_the_tokens_that_later_queries_see(word):
     head = HeadPattern.parse(word) if word != "w0" else HeadPattern(None)
-    capacity = cache_capacity(head, LENGTH)
+    capacity = head.cache_slots(LENGTH)
     assert capacity <= head.sinks + head.window + 1 + (-(-LENGTH // head.dilation) if head.dilation else 0)
-    stored = stored_positions(head, capacity, torch.arange(LENGTH))
+    stored = head.slot_positions(capacity, torch.arange(LENGTH))
     for length, positions in enumerate(stored.tolist()):
         needed = set(head.kept_positions(length).tolist())
         assert needed <= set(positions)
@@ -119,9 +119,9 @@ def test_slots_hold_exactly_the_tokens_that_later_queries_see(word):
 
 
 def test_dense_and_dilated_caches_have_no_spare_entry():
-    assert cache_capacity(HeadPattern(), 100) == 100
-    assert cache_capacity(HeadPattern(16), 100) == 6
-    assert cache_capacity(HeadPattern(None, 8, 4), 100) == 13
+    assert HeadPattern().cache_slots(100) == 100
+    assert HeadPattern(16).cache_slots(100) == 6
+    assert HeadPattern(None, 8, 4).cache_slots(100) == 13
 
 
 def test_prefill_overwrites_what_the_cache_held():

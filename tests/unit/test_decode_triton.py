@@ -36,7 +36,7 @@ def check_steps_equal_the_torch_step(word, heads, groups, dtype, tolerance, leng
 
     cache = DecodeCache.empty(head, batch, groups, head_dim, max_length, dtype)
     lengths = torch.tensor(lengths)
-    stored = decode.stored_positions(head, cache.capacity, lengths)[:, None, :, None]
+    stored = head.slot_positions(cache.capacity, lengths)[:, None, :, None]
     cache.k.copy_(draw(*cache.k.shape).where(stored >= 0, torch.nan))
     cache.v.copy_(draw(*cache.v.shape).where(stored >= 0, torch.nan))
     cache.state.copy_(draw(*cache.state.shape))
