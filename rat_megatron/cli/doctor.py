@@ -35,7 +35,7 @@ def doctor() -> None:
         "linear layers, norms": "Transformer Engine" if te else "Megatron's local layers",
         "dense attention": "Transformer Engine" if te else "torch",
         "sparse attention": "Triton" if triton else "torch",
-        "gated scan": "torch",
+        "gated scan": "Triton" if triton else "torch",
         "optimizer": "Transformer Engine" if te else ("Apex" if cuda and apex else "torch"),
         "gradient accumulation in the weight gradient": "Apex" if cuda and apex else "apart",
         "communication": "NCCL" if cuda else "gloo",

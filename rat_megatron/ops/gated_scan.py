@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from rat_megatron.ops.kernels import triton_takes
+
 # Steps run one after the other inside a chunk while all chunks advance together. 16 to 64 are equally fast on a CPU for 256 to
 # 4096 tokens; a plain loop over tokens takes up to four times as long, a log-depth scan over tokens up to eight times.
 _CHUNK = 32
@@ -19,55 +21,84 @@ def gated_scan(
     k: torch.Tensor,
     v: torch.Tensor,
     initial_state: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs the recurrence over keys and values, before RoPE.
+    """Runs the recurrence over keys and values and, given cos and sin, turns the keys by RoPE afterwards.
 
     f (gate logits), k and v: [s, b, ng, hn], any memory layout, s >= 1. initial_state: [2, b, ng, hn] (key part, value part), zeros
-    when absent. Returns k~ and v~ [s, b, ng, hn] in the types of k and v, and the final state [2, b, ng, hn]. Gate, recurrence and
-    state are fp32 (float64 when an input is). Differentiable once in all four inputs, through all three outputs. The backward
-    saves only the inputs and recomputes the rest. Raises ValueError when shapes differ.
+    when absent. cos and sin: [s, hn / 2], of the angle of each step and pair of channels (c, c + hn / 2). Returns k~ and v~
+    [s, b, ng, hn] in the types of k and v, and the final state [2, b, ng, hn], before RoPE. Gate, recurrence, RoPE and state are fp32
+    (float64 when an input is). Differentiable once in f, k, v and initial_state, through all three outputs. The backward saves only
+    the inputs, and the kernels some states, and recomputes the rest. Raises ValueError when shapes differ.
 
-    ``implementation`` is "torch", the choice so far, or "triton": kernels that pass over memory once, for CUDA tensors up to fp32.
+    ``implementation`` overrides the choice: "triton", kernels that pass over memory once, where they can run, and "torch" elsewhere.
     """
-    if implementation == "triton":
+    if _use_triton(implementation, f, k, v):
         from rat_megatron.ops.gated_scan_triton import gated_scan as gated_scan_triton
 
-        return gated_scan_triton(f, k, v, initial_state)
-    if implementation not in (None, "torch"):
-        raise ValueError(f"implementation is None, 'torch' or 'triton', not {implementation!r}")
+        return gated_scan_triton(f, k, v, initial_state, cos, sin)
     dtype = _check(f, k, v)
     state_shape = (2, *k.shape[1:])
     if initial_state is None:
         initial_state = k.new_zeros(state_shape)
     elif initial_state.shape != state_shape:
         raise ValueError(f"initial_state has shape {list(initial_state.shape)}, but k and v ask for {list(state_shape)}")
-    return _GatedScan.apply(f, k, v, initial_state.to(dtype))
+    check_rope(k, cos, sin)
+    if cos is None:
+        return _GatedScan.apply(f, k, v, initial_state.to(dtype))
+    keys, values, final = _GatedScan.apply(f, k.to(dtype), v, initial_state.to(dtype))  # the keys are rounded once, after RoPE
+    low, high = keys.chunk(2, dim=-1)
+    cos, sin = (table[:, None, None].to(dtype) for table in (cos, sin))
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(k.dtype), values, final
 
 
 @torch.no_grad()
-def scan_summary(f: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def scan_summary(f: torch.Tensor, k: torch.Tensor, v: torch.Tensor, implementation: str | None = None) -> torch.Tensor:
     """What a stretch of tokens does to the state: h_out = A * h_in + B.
 
     f, k and v: [s, b, ng, hn]. Returns fp32 (float64 for float64) [3, b, ng, hn]: A, the product of the gates, and B for keys and
     values, the final state from a zero start. Not differentiable: context parallelism exchanges summaries inside its own
-    autograd function.
+    autograd function. ``implementation`` as in gated_scan.
     """
+    if _use_triton(implementation, f, k, v):
+        from rat_megatron.ops.gated_scan_triton import scan_summary as scan_summary_triton
+
+        return scan_summary_triton(f, k, v)
     gate, keep = _gates(f, _check(f, k, v))
     decay, ends = _reduce(gate, torch.stack([k, v]).to(gate.dtype).mul_(keep))
     return torch.stack([decay, *ends])
 
 
 @torch.no_grad()
-def adjoint_summary(f: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor) -> torch.Tensor:
+def adjoint_summary(f: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, implementation: str | None = None) -> torch.Tensor:
     """The gradient of the initial state that comes from a stretch's own outputs; one from after it arrives A times as large.
 
     f: [s, b, ng, hn]; grad_k and grad_v: [s, b, ng, hn], the gradients of k~ and v~. Returns fp32 (float64 for float64) [2, b, ng, hn].
-    The counterpart of scan_summary for the backward pass.
+    The counterpart of scan_summary for the backward pass. ``implementation`` as in gated_scan.
     """
+    if _use_triton(implementation, f, grad_k, grad_v):
+        from rat_megatron.ops.gated_scan_triton import adjoint_summary as adjoint_summary_triton
+
+        return adjoint_summary_triton(f, grad_k, grad_v)
     gate, _ = _gates(f, _check(f, grad_k, grad_v))
     _, first = _reduce(gate.roll(-1, 0).flip(0), torch.stack([grad_k, grad_v]).to(gate.dtype).flip(1))
     return gate[0] * first
+
+
+def check_rope(k: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
+    """Raises ValueError unless cos and sin are both absent or both [s, hn / 2] for k [s, b, ng, hn]."""
+    if (cos is None) != (sin is None):
+        raise ValueError("RoPE needs both cos and sin")
+    if cos is not None and (k.shape[3] % 2 or not cos.shape == sin.shape == (k.shape[0], k.shape[3] // 2)):
+        raise ValueError(f"cos and sin must be [s, hn / 2], not {list(cos.shape)} and {list(sin.shape)} for k {list(k.shape)}")
+
+
+def _use_triton(implementation: str | None, *tensors: torch.Tensor) -> bool:
+    if implementation not in (None, "torch", "triton"):
+        raise ValueError(f"implementation is None, 'torch' or 'triton', not {implementation!r}")
+    return implementation == "triton" or (implementation is None and triton_takes(*tensors))
 
 
 class _GatedScan(torch.autograd.Function):

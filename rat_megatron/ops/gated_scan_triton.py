@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rat_megatron.ops.gated_scan import check_rope
 from rat_megatron.ops.gated_scan_kernels_triton import backward_kernel, forward_kernel, join_kernel, summary_kernel
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
@@ -34,11 +35,8 @@ def gated_scan(
         if initial_state.shape != (2, *k.shape[1:]):
             raise ValueError(f"initial_state has shape {list(initial_state.shape)}, but k and v ask for {[2, *k.shape[1:]]}")
         initial_state = initial_state.float().contiguous()
-    if (cos is None) != (sin is None):
-        raise ValueError("RoPE needs both cos and sin")
+    check_rope(k, cos, sin)
     if cos is not None:
-        if k.shape[3] % 2 or cos.shape != (k.shape[0], k.shape[3] // 2) or sin.shape != cos.shape:
-            raise ValueError(f"cos and sin must be [s, hn / 2], not {list(cos.shape)} and {list(sin.shape)} for k {list(k.shape)}")
         cos, sin = cos.contiguous(), sin.contiguous()
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (f, k, v, initial_state))
     return _GatedScan.apply(_unit_stride(f), _unit_stride(k), _unit_stride(v), initial_state, cos, sin, training)

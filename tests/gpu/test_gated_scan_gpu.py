@@ -1,15 +1,21 @@
 """The Triton recurrence on a GPU, compared with float64."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from rat_megatron.ops import gated_scan as definition
+from rat_megatron.ops import gated_scan as public
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from rat_megatron.ops.gated_scan_triton import adjoint_summary, gated_scan, scan_summary
 
+definition = SimpleNamespace(
+    **{name: partial(getattr(public, name), implementation="torch") for name in ("gated_scan", "scan_summary", "adjoint_summary")}
+)
 LENGTHS = [1, 2, 63, 64, 65, 300, 4096, 262144]
 
 
@@ -17,12 +23,6 @@ def random_inputs(length, groups, hn, dtype, batch=1):
     """f, k, v as slices of one projection, [length, batch, groups, hn], and an initial state."""
     fused = torch.randn(length, batch, groups, 3 * hn, device="cuda").to(dtype)
     return [x.requires_grad_() for x in (*fused.chunk(3, dim=-1), torch.randn(2, batch, groups, hn, device="cuda"))]
-
-
-def rotate(x, cos, sin):
-    low, high = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None, None], sin[:, None, None]
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
 def assert_close(actual, expected, tolerance):
@@ -66,8 +66,7 @@ def test_rope_on_the_keys_alone(hn, dtype, tolerance):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     cos, sin = (table(torch.rand(300, hn // 2, device="cuda") * 6) for table in (torch.cos, torch.sin))
     outputs = gated_scan(*inputs, cos, sin)
-    keys, values, final = definition.gated_scan(*exact)
-    expected = [rotate(keys, cos.double(), sin.double()), values, final]
+    expected = definition.gated_scan(*exact, cos.double(), sin.double())
     weights = [torch.randn_like(x) for x in outputs]
     assert_close(outputs, expected, tolerance)
     gradients = torch.autograd.grad(expected, exact, [x.double() for x in weights])
@@ -90,3 +89,26 @@ def test_a_nan_spreads_and_hangs_nothing():
     keys, values, _ = gated_scan(f, k, v)
     assert keys[:100].isfinite().all() and keys[100:].isnan().all()
     assert values[:200].isfinite().all() and values[200:].isnan().all()
+
+
+def test_the_public_functions_choose_the_kernels():
+    f, k, v, state = (x.detach() for x in random_inputs(300, 2, 128, torch.bfloat16))
+    for name, arguments in (("gated_scan", (f, k, v, state)), ("scan_summary", (f, k, v)), ("adjoint_summary", (f, k, v))):
+        chosen, kernels, torchs = (
+            getattr(public, name)(*arguments, implementation=implementation) for implementation in (None, "triton", "torch")
+        )
+        pairs = list(zip(chosen, kernels, torchs, strict=True))
+        assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(torch.equal(a, c) for a, _, c in pairs)
+
+
+@pytest.mark.parametrize(("length", "logit"), [(1, 30.0), (1, -30.0), (1, 0.0), (1000, 30.0), (1000, -30.0), (1000, 0.0)])
+def test_chunks_joined_by_their_summaries_equal_one_scan(length, logit):
+    f, k, v, state = (x.detach().float() for x in random_inputs(3 * length, 2, 128, torch.float32))
+    f = f + logit
+    exact = public.gated_scan(*(x.double() for x in (f, k, v)), state.double())
+    outputs = []
+    for part in (slice(0, length), slice(length, 2 * length), slice(2 * length, 3 * length)):
+        outputs.append(public.gated_scan(f[part], k[part], v[part], state)[:2])
+        decay, *ends = public.scan_summary(f[part], k[part], v[part])
+        state = decay * state + torch.stack(ends)
+    assert_close([*(torch.cat(x) for x in zip(*outputs, strict=True)), state], exact, 2e-6)
