@@ -1,13 +1,16 @@
 """RAT+ for Transformers. Importing this package registers it, so ``AutoModelForCausalLM`` knows ``model_type: ratplus``.
 
-Nothing here imports Megatron or the rest of rat_megatron: the files beside this one travel with every exported model.
+The *_ratplus.py files and pattern.py import nothing of Megatron or rat_megatron: they travel with every exported model.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from . import attention_ratplus, kernels
 from .cache_ratplus import RatPlusCache
 from .configuration_ratplus import RatPlusConfig
 from .modeling_ratplus import RatPlusForCausalLM, RatPlusModel
+
+attention_ratplus.kernels = kernels
 
 __all__ = ["RatPlusCache", "RatPlusConfig", "RatPlusForCausalLM", "RatPlusModel"]
 

@@ -1,85 +1,272 @@
-"""The cache of a RAT+ model while it generates: keys and values as usual, and the recurrent state."""
+"""The compact cache of a RAT+ model: what an attention pattern lets later tokens see, and the recurrent state. Plain torch.
+
+Source: arXiv 2602.18196. Per row and key head a dilated pattern keeps S + W + 1 + T / D entries instead of T; where each token lies,
+``HeadPattern.slot_positions`` says. Entries are keys after RoPE and values, so their order does not matter to attention.
+"""
 
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
+
+from .attention_ratplus import apply_rotary, rotary_tables
+from .configuration_ratplus import RatPlusConfig
+from .pattern import AttentionPattern, HeadPattern
 
 
-class RatPlusCacheLayer(DynamicLayer):
-    """One layer: ``keys`` (after RoPE) and ``values`` [b, np, s, hn], and ``state`` [2, b, np, 1, hn].
+class HeadCache:
+    """What the heads of one pattern in one layer keep between tokens.
 
-    The state is the recurrence's last (k~, v~) before RoPE. It stays fp32 whatever the weights are: rounding it at every token
-    would let decoding drift away from prefill. It is None before the first token and in a model without recurrence.
+    k and v [b, ng, slots, hn], slots for rows of up to ``max_length`` tokens, which ``grow`` raises; a top-k pattern has whole blocks.
+    ``state`` [2, b, ng, hn]: the recurrence's last (k~, v~) before RoPE. It is fp32 at least, whatever the weights are: rounding it at
+    every token would let decoding drift away from prefill. ``blocks`` of a top-k pattern: what its blocks are scored by, the elementwise
+    bounds [2, b, ng, blocks + 1, hn] of their keys (scores "bounds", the maxima first) or their sums in fp32 [1, ...] ("means"); the
+    last one takes padding.
     """
 
-    is_croppable = False
+    def __init__(self, head: HeadPattern, k: torch.Tensor, max_length: int, scores: str):
+        """An empty cache for rows and key heads like those of k [b, ng, t, hn]."""
+        self.head, self.scores, self.max_length = head, scores, 0
+        wide = torch.promote_types(k.dtype, torch.float32)
+        self.k, self.v = (k.new_zeros(*k.shape[:2], 0, k.shape[3]) for _ in range(2))
+        self.state = k.new_zeros(2, *k.shape[:2], k.shape[3], dtype=wide)
+        self.blocks: torch.Tensor | None = None
+        if head.blocks:
+            self.blocks = self._unscored(k, 1, wide)
+        self.grow(max_length)
+
+    def _unscored(self, like: torch.Tensor, count: int, wide: torch.dtype) -> torch.Tensor:
+        shape = (*like.shape[:2], count, like.shape[3])
+        if self.scores == "means":
+            return like.new_zeros(1, *shape, dtype=wide)
+        largest = torch.finfo(like.dtype).max
+        return torch.stack([like.new_full(shape, -largest), like.new_full(shape, largest)])
+
+    @property
+    def tensors(self) -> dict[str, int]:
+        """Names of the tensors, with the axis along which each has its rows."""
+        return {"k": 0, "v": 0, "state": 1} | ({"blocks": 1} if self.blocks is not None else {})
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for rows of up to max_length tokens; a smaller number changes nothing."""
+        if max_length <= self.max_length:
+            return
+        if self.head.blocks:
+            max_length = -(-max_length // self.head.dilation) * self.head.dilation
+            more = max_length // self.head.dilation + 1 - self.blocks.shape[3]
+            self.blocks = torch.cat([self.blocks[:, :, :, :-1], self._unscored(self.k, more + 1, self.state.dtype)], dim=3)
+        self.max_length = max_length
+        more = self.head.cache_slots(max_length) - self.k.shape[2]
+        self.k, self.v = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+
+    def in_use(self, length: int) -> int:
+        """Slots that rows of up to ``length`` tokens can fill: the first so many. In a compiled model all, whose number never changes."""
+        return self.k.shape[2] if torch.compiler.is_compiling() else min(self.k.shape[2], self.head.cache_slots(length))
+
+    @torch.no_grad()
+    def write(self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, counts: torch.Tensor, length: int) -> None:
+        """Stores the first counts [b] tokens of k, v [b, ng, t, hn], which follow the ``before`` [b] tokens of each row.
+
+        length: of the longest row then, or more.
+        """
+        slots = self.in_use(length)
+        source = self.head.slot_positions(slots, before + counts) - before[:, None]  # [b, slots]
+        new = (source >= 0)[:, None, :, None]
+        source = source.clamp(0, k.shape[2] - 1)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        for stored, x in ((self.k, k), (self.v, v)):
+            stored[:, :, :slots] = torch.where(new, x.gather(2, source), stored[:, :, :slots])
+        if self.blocks is not None:
+            column = torch.arange(k.shape[2], device=k.device)
+            self._note_blocks(k, before[:, None] + column, column < counts[:, None])
+
+    @torch.no_grad()
+    def write_token(self, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Stores one token a row, k and v [b, ng, 1, hn] at position [b], where real [b, 1] (all when None)."""
+        head, row = self.head, torch.arange(len(position), device=position.device)
+        dilation = 1 if head.blocks else head.dilation
+        behind_sinks = position - head.sinks
+        places = []  # slot [b], and whether the token goes there
+        if head.sinks or head.ring_size:
+            ring = head.sinks + behind_sinks % max(head.ring_size, 1)
+            places.append((torch.where(behind_sinks < 0, position, ring), (behind_sinks < 0) | (head.ring_size > 0)))
+        if dilation:
+            slot = head.sinks + head.ring_size + (position + 1) // dilation - 1 - head.sinks // dilation
+            places.append((slot, (behind_sinks >= 0) & ((position + 1) % dilation == 0)))
+        for slot, wanted in places if self.k.shape[2] else ():
+            wanted = wanted & (slot < self.k.shape[2]) if real is None else wanted & (slot < self.k.shape[2]) & real[:, 0]
+            slot = torch.where(wanted, slot, 0)
+            for stored, x in ((self.k, k), (self.v, v)):
+                stored[row, :, slot] = torch.where(wanted[:, None, None], x[:, :, 0], stored[row, :, slot])
+        if self.blocks is not None:
+            self._note_blocks(k, position[:, None], torch.ones_like(position[:, None], dtype=torch.bool) if real is None else real)
+
+    def _note_blocks(self, k: torch.Tensor, positions: torch.Tensor, real: torch.Tensor) -> None:
+        """Takes keys [b, ng, t, hn] at positions [b, t] into the scores of their blocks."""
+        spare = self.blocks.shape[3] - 1
+        block = torch.where(real, positions // self.head.dilation, spare).clamp(max=spare)[:, None, :, None].expand_as(k)
+        if self.scores == "means":
+            self.blocks[0].scatter_add_(2, block, k.to(self.blocks.dtype))
+        else:
+            self.blocks[0].scatter_reduce_(2, block, k, "amax")
+            self.blocks[1].scatter_reduce_(2, block, k, "amin")
+
+    def visible(self, slots: int, lengths: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Whether queries at positions [b, t] see the tokens in the first slots: [b, 1, t, slots], for rows of lengths [b] tokens.
+
+        Not for a top-k pattern's choice: all tokens up to the query count here.
+        """
+        head, slot = self.head, torch.arange(slots, device=lengths.device)
+        stored, queries = self.head.slot_positions(slots, lengths)[:, None, None], queries[:, None, :, None]
+        seen = (stored >= 0) & (stored <= queries)
+        if head.ring_size:
+            recent = queries - stored <= head.window
+            if head.dilation:
+                recent &= (stored + 1) % head.dilation != 0  # that one is read from its own slot
+            seen &= recent | (slot < head.sinks) | (slot >= head.sinks + head.ring_size)
+        return seen
+
+    def check_crop(self, before: torch.Tensor, lengths: torch.Tensor, recurrent: bool) -> None:
+        """Raises ValueError unless rows of ``before`` [b] tokens can be cut to ``lengths`` [b]: what those need must still be here."""
+        head, ring = self.head, self.head.ring_size
+        oldest = torch.maximum(lengths - head.window, torch.full_like(lengths, head.sinks))
+        if ring and (oldest < torch.minimum(lengths, before - ring)).any():
+            raise ValueError(f"pattern '{head}' has let go of tokens that the shorter sequence needs: its window has moved past them")
+        if recurrent and not (self._last_slot(before, lengths)[1] | (lengths == 0) | (lengths == before)).all():
+            kept = f", such as a multiple of {head.dilation}" if head.dilation else ""
+            raise ValueError(f"pattern '{head}' has let go of the token whose recurrent state is needed: crop behind one it keeps{kept}")
+
+    def crop(self, before: torch.Tensor, lengths: torch.Tensor, rope_theta: float) -> None:
+        """Cuts rows of ``before`` [b] tokens to ``lengths`` [b]; the state then comes from their last token's entry, in its precision."""
+        row, (slot, _) = torch.arange(len(lengths), device=lengths.device), self._last_slot(before, lengths)
+        k, v = (x[row, :, slot].to(self.state.dtype)[:, :, None] for x in (self.k, self.v))  # [b, ng, 1, hn]
+        cos, sin = rotary_tables((lengths - 1)[:, None], k.shape[-1], rope_theta, k.dtype)
+        state = torch.stack([apply_rotary(k, cos, -sin), v])[:, :, :, 0]
+        state = torch.where((lengths > 0)[:, None, None], state, 0.0)
+        self.state = torch.where((lengths < before)[:, None, None], state, self.state)
+        if self.blocks is not None:
+            self.blocks = self._unscored(self.k, self.blocks.shape[3], self.state.dtype)
+            positions = torch.arange(self.k.shape[2], device=lengths.device).expand(len(lengths), -1)
+            self._note_blocks(self.k, positions, positions < lengths[:, None])
+
+    def _last_slot(self, before: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the token before position lengths [b] lies, and whether it does, both [b]."""
+        here = self.head.slot_positions(self.k.shape[2], before) == lengths[:, None] - 1
+        return here.int().argmax(dim=1), here.any(dim=1)
+
+
+class RatPlusCacheLayer:
+    """One layer: a HeadCache for each pattern among its heads, made when the layer first runs."""
+
+    is_compileable = is_sliding = False  # what Transformers asks every layer
 
     def __init__(self):
-        super().__init__()
-        self.state: torch.Tensor | None = None
-
-    def reset(self) -> None:
-        self.keys = self.values = self.state = None
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.state is not None:
-            self.state = self.state.index_select(1, beam_idx.to(self.state.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if self.state is not None:
-            self.state = self.state.repeat_interleave(repeats, dim=1)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        if self.state is not None:
-            self.state = self.state[:, indices]
+        self.heads: list[HeadCache] = []
 
 
 class RatPlusCache(Cache):
-    """The layers' caches, and ``positions`` [b, s]: the place of each cached token in its own sequence, -1 for padding.
+    """The cache of a whole model, for one attention pattern: ``layers``, and ``lengths`` [b], how many tokens every row has seen.
 
-    Every token is kept, so the attention pattern may change between calls.
+    Rows have lengths of their own: padding takes no place. ``max_length`` tokens (prompt and answer) get room at once; without it, or
+    past it, the cache grows as needed. To try several continuations, copy it (``copy.deepcopy``): it is small.
     """
 
-    def __init__(self):
-        super().__init__(layer_class_to_replicate=RatPlusCacheLayer)
-        self.positions: torch.Tensor | None = None
-
-    def get_state(self, layer_idx: int) -> torch.Tensor | None:
-        """The recurrent state that a layer's next token starts from, [2, b, np, 1, hn] fp32; None at the first."""
-        return self.layers[layer_idx].state if layer_idx < len(self.layers) else None
-
-    def set_state(self, state: torch.Tensor, layer_idx: int) -> None:
-        """Stores the state; call it after ``update``, which creates the layer."""
-        self.layers[layer_idx].state = state
-
-    def append_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """Adds the positions [b, t] of new tokens; returns those of all tokens, [b, s + t]."""
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
-        return self.positions
+    def __init__(self, max_length: int | None = None):
+        super().__init__(layers=[])
+        self.max_length = max_length or 0
+        self.reset()
 
     def reset(self) -> None:
-        super().reset()
-        self.positions = None
+        """Forgets all tokens, and the pattern."""
+        self.layers = []
+        self.columns = 0  # tokens given so far, padding included
+        self.lengths: torch.Tensor | None = None
+        self.pattern: AttentionPattern | None = None
+        self.mask: torch.Tensor | None = None  # the attention mask so far
+
+    def begin(self, x: torch.Tensor, pattern: AttentionPattern, config: RatPlusConfig) -> None:
+        """Makes ready for the tokens x [b, t, h]; raises ValueError when the cache belongs to another pattern or batch."""
+        if self.lengths is None:
+            self.layers = [RatPlusCacheLayer() for _ in range(config.num_hidden_layers)]
+            self.lengths, self.pattern = torch.zeros(x.shape[0], dtype=torch.long, device=x.device), pattern
+            self.recurrent, self.rope_theta = config.use_recurrence, config.rope_theta
+        if self.pattern != pattern:
+            raise ValueError(
+                f"the cache holds what attention pattern '{self.pattern}' needs, but this call attends under '{pattern}': start a new one"
+            )
+        if len(self.lengths) != x.shape[0]:
+            raise ValueError(f"the cache has {len(self.lengths)} rows, but the batch has {x.shape[0]}")
+        needed = self.columns + x.shape[1]
+        if needed > self.max_length:
+            self.max_length = needed if not self.columns else max(needed, self.max_length + self.max_length // 8 + 16)
+
+    def heads(self, layer: int, heads: list[HeadPattern], keys: list[torch.Tensor], scores: str) -> list[HeadCache]:
+        """A layer's caches, with room for this step. keys: one k [b, ng, t, hn] for each pattern among its heads."""
+        caches = self.layers[layer].heads
+        if not caches:
+            caches.extend(HeadCache(head, k, self.max_length, scores) for head, k in zip(heads, keys, strict=True))
+        for cache in caches:
+            cache.grow(self.max_length)
+        return caches
+
+    def end(self, columns: int, counts: torch.Tensor | int, mask: torch.Tensor | None) -> None:
+        """Counts tokens once all layers have them: columns in all, counts [b] of them real, under this attention mask (None: all real)."""
+        self.lengths += counts
+        self.columns += columns
+        self.mask = mask
+
+    def crop(self, max_length: int) -> None:
+        """Cuts the sequences to max_length columns, or by -max_length; see HeadCache.check_crop for when that cannot be."""
+        columns = max(0, self.columns + max_length) if max_length < 0 else max_length
+        if self.lengths is None or columns >= self.columns:
+            return
+        cut = self.columns - columns if self.mask is None else (self.mask[:, columns:] != 0).sum(dim=1).to(self.lengths.device)
+        lengths = self.lengths - cut
+        caches = [cache for layer in self.layers for cache in layer.heads]
+        for cache in caches:
+            cache.check_crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.recurrent)
+        for cache in caches:
+            cache.crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.rope_theta)
+        self.columns, self.lengths = columns, lengths
+        self.mask = None if self.mask is None else self.mask[:, :columns]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.positions is not None:
-            self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+        self._take(lambda x, axis: x.index_select(axis, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if self.positions is not None:
-            self.positions = self.positions.repeat_interleave(repeats, dim=0)
+        self._take(lambda x, axis: x.repeat_interleave(repeats, dim=axis))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        if self.positions is not None:
-            self.positions = self.positions[indices]
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._take(lambda x, axis: x.index_select(axis, rows.to(x.device)))
 
-    def crop(self, *args, **kwargs) -> None:
-        raise ValueError("a RAT+ cache cannot be cropped: its recurrent state has no way back; reset it and run the shorter prompt again")
+    def _take(self, rows) -> None:
+        """Puts rows(tensor, its axis of rows) in the place of every tensor."""
+        for cache in (cache for layer in self.layers for cache in layer.heads):
+            for name, axis in cache.tensors.items():
+                setattr(cache, name, rows(getattr(cache, name), axis))
+        if self.lengths is not None:
+            self.lengths = rows(self.lengths, 0)
+        if self.mask is not None:
+            self.mask = rows(self.mask, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values, recurrent states and block scores."""
+        caches = [cache for layer in self.layers for cache in layer.heads]
+        return sum(getattr(cache, name).nbytes for cache in caches for name in cache.tensors)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens given so far, padding included."""
+        return self.columns
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: the cache grows."""
+        return -1
+
+    @property
+    def max_batch_size(self) -> int:
+        return 0 if self.lengths is None else len(self.lengths)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.lengths is not None

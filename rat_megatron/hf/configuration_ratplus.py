@@ -13,8 +13,9 @@ class RatPlusConfig(PretrainedConfig):
     """What a RAT+ model is made of; the defaults are the 1.5B model of the paper.
 
     ``use_recurrence`` False is the plain-attention baseline, which has no forget gate. ``attention_pattern`` is one word, such as
-    ``dense``, ``d16w256s4`` or ``[dense,d64]*12``; it is kept in its shortest form. Raises ValueError for sizes that do not fit
-    together and for a pattern that does not parse or does not fit the layers and heads.
+    ``dense``, ``d16w256s4`` or ``[dense,d64]*12``; it is kept in its shortest form. ``block_scores`` says what top-k patterns
+    choose blocks by: "bounds" of their keys, as Quest does and as they are trained here, or their "means", as MoBA does. Raises ValueError
+    for sizes that do not fit together and for a pattern that does not parse or does not fit the layers and heads.
     """
 
     model_type = "ratplus"
@@ -36,6 +37,7 @@ class RatPlusConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         use_recurrence: bool = True,
         attention_pattern: str = "dense",
+        block_scores: str = "bounds",
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
         bos_token_id: int | None = None,
@@ -56,6 +58,7 @@ class RatPlusConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.use_recurrence = use_recurrence
+        self.block_scores = block_scores
         self.use_cache = use_cache
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -63,6 +66,8 @@ class RatPlusConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns channels in pairs")
+        if block_scores not in ("bounds", "means"):
+            raise ValueError(f"block_scores is 'bounds' or 'means', not {block_scores!r}")
         self.attention_pattern = str(self.parse_pattern(attention_pattern))
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,

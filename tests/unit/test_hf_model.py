@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM, RatPlusModel
-from rat_megatron.hf.modeling_ratplus import VisibleKeys, block_mask, gated_scan
+from rat_megatron.hf.attention_ratplus import block_summary, choose_blocks, gated_scan
 from rat_megatron.hf.pattern import AttentionPattern, HeadPattern
 from tests import reference
 
@@ -92,24 +92,24 @@ def test_top_k_without_a_choice_matches_the_definition(word, visible):
     assert relative_error(model(tokens).logits, expected_logits(model, tokens, visible)) < 1e-10
 
 
-@pytest.mark.parametrize("word", ["d4k3", "d4k4", "d4k4+d", "d5k3"])
-def test_block_choice_is_quests(word):
-    """Own block, first block, then the highest bounds sum_d max(q_d kmax_d, q_d kmin_d) of the blocks in between."""
+@pytest.mark.parametrize("scores", ["bounds", "means"])
+@pytest.mark.parametrize("word", ["d4k3", "d4k4", "d5k3"])
+def test_block_choice_is_that_of_quest_or_moba(word, scores):
+    """Own block, first block, then the highest bounds sum_d max(q_d kmax_d, q_d kmin_d), or products with the mean key, in between."""
     torch.manual_seed(1)
     length, pattern = 23, HeadPattern.parse(word)
     size = pattern.dilation
-    q, k = torch.randn(2, 3, length, 6), torch.randn(2, 3, length, 6)
-    positions = torch.arange(length)[None]
-    seen = block_mask(pattern, q, k, positions[:, :, None], positions[:, None])
-    for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(length)).tolist():
+    q, k = torch.randn(2, 4, length, 6), torch.randn(2, 2, length, 6)
+    chosen = choose_blocks(q, block_summary(k, size, scores), torch.arange(length)[None], pattern, scores)
+    for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(length)).tolist():
         own = t // size
         score = {}
         for block in range(1, own):
-            keys = k[b, h, block * size : (block + 1) * size]
-            score[block] = torch.maximum(q[b, h, t] * keys.amax(0), q[b, h, t] * keys.amin(0)).sum()
+            keys = k[b, h // 2, block * size : (block + 1) * size]
+            bound = torch.maximum(q[b, h, t] * keys.amax(0), q[b, h, t] * keys.amin(0)).sum()
+            score[block] = bound if scores == "bounds" else q[b, h, t] @ keys.mean(0)
         blocks = {0, own, *sorted(score, key=score.get, reverse=True)[: pattern.blocks - 2]}
-        expected = [j <= t and (j // size in blocks or (pattern.dilate_rest and (j + 1) % size == 0)) for j in range(length)]
-        assert seen[b, h, t].tolist() == expected
+        assert chosen[b, h, t].nonzero().flatten().tolist() == sorted(blocks)
 
 
 @torch.no_grad()
@@ -153,12 +153,12 @@ def test_bf16_weights_keep_an_fp32_state(pattern):
         cache = model(tokens[:, t : t + 1], past_key_values=cache).past_key_values
     whole = model(tokens).past_key_values
     for layer in (0, 1):
-        state = cache.get_state(layer)
+        state = cache.layers[layer].heads[0].state
         assert state.dtype == torch.float32
-        assert cache.layers[layer].keys.dtype == torch.bfloat16
+        assert cache.layers[layer].heads[0].k.dtype == torch.bfloat16
         assert not torch.equal(state, state.bfloat16().float()), "the state was rounded to bf16"
     # Layer 0 sees the same inputs both ways: were its state rounded at each token, this would be near 1e-3.
-    assert relative_error(cache.get_state(0), whole.get_state(0)) < 1e-5
+    assert relative_error(*(one.layers[0].heads[0].state for one in (cache, whole))) < 1e-5
 
 
 def test_weight_names_and_parameter_count():
@@ -220,6 +220,7 @@ def test_set_attention_pattern():
         ({"attention_pattern": "[dense]*3", "num_hidden_layers": 2}, "3 layers"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "not a multiple"),
         ({"head_dim": 7}, "odd"),
+        ({"block_scores": "maxima"}, "'bounds' or 'means'"),
     ],
 )
 def test_config_refuses_what_does_not_fit(settings, complaint):
@@ -238,6 +239,11 @@ def test_bad_calls_are_explained():
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="exactly one"):
         model(tokens, inputs_embeds=model.get_input_embeddings()(tokens))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model(tokens[:, :0])
+    model.config.max_position_embeddings = 4
+    with pytest.raises(ValueError, match="5 tokens are more than max_position_embeddings, 4"):
+        model(tokens)
 
 
 def test_loss_and_optional_outputs():
@@ -280,14 +286,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(pattern):
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradients[1][name], gradient)
-
-
-def test_layers_with_one_pattern_share_a_mask():
-    positions = torch.arange(9)[None]
-    visible, q = VisibleKeys(positions, positions), torch.zeros(1, HEADS, 9, 8)
-    pattern = AttentionPattern.parse("d4").layer(0)
-    assert visible.mask(pattern, q, q) is visible.mask(AttentionPattern.parse("[d4,dense]").layer(0), q, q)
-    assert visible.mask(AttentionPattern.parse("dense").layer(0), q, q) is None
 
 
 @torch.no_grad()

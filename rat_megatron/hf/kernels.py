@@ -1,0 +1,50 @@
+"""Lends the model in this folder the fused kernels of rat_megatron.ops, on a GPU. This file does not travel with exported models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rat_megatron.ops.dilated_attention import dilated_attention
+from rat_megatron.ops.gated_scan import gated_scan
+from rat_megatron.ops.kernels import triton_takes
+
+from .cache_ratplus import HeadCache
+from .pattern import HeadPattern, LayerPattern
+
+
+def can_scan(k: torch.Tensor) -> bool:
+    """Whether scan() serves tensors like k."""
+    return triton_takes(k)
+
+
+def scan(f, k, v, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As attention_ratplus.recur."""
+    k, v, state = gated_scan(*(x.permute(2, 0, 1, 3) for x in (f, k, v)), state)  # [b, ng, t, hn] -> [t, b, ng, hn]
+    return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), state
+
+
+def can_attend(q: torch.Tensor, head: HeadPattern) -> bool:
+    """Whether attention() serves whole sequences of q under a sparse pattern."""
+    return not head.is_dense and triton_takes(q)
+
+
+def attention(q, k, v, head: HeadPattern) -> torch.Tensor:
+    """q [b, np, t, hn], k and v [b, ng, t, hn] after RoPE, from position 0 on; top-k blocks by their bounds."""
+    q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))
+    return dilated_attention(q, k, v, LayerPattern((head,)), 1 / math.sqrt(q.shape[-1])).permute(1, 2, 0, 3)
+
+
+def can_decode(q: torch.Tensor, cache: HeadCache) -> bool:
+    """Whether decode() serves q [b, np, 1, hn] with this cache."""
+    return not cache.head.blocks and not torch.is_grad_enabled() and triton_takes(q, cache.k)
+
+
+def decode(q, f, k, v, rotary, cache: HeadCache, lengths: torch.Tensor) -> torch.Tensor:
+    """One token a row, before recurrence and RoPE; updates the cache. Returns attention's output [b, np, 1, hn]."""
+    from rat_megatron.ops.decode_triton import decode_step
+
+    cos, sin = (table[:, 0, 0].expand(len(lengths), -1) for table in rotary)
+    out = decode_step(*(x[:, :, 0] for x in (q, f, k, v)), cos, sin, cache, lengths, 1 / math.sqrt(q.shape[-1]))
+    return out[:, :, None]
