@@ -24,6 +24,9 @@ def prepare(
     val_fraction: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.005,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep only the first of documents with the same text.")] = False,
     text_column: Annotated[str, typer.Option(help="Column or JSON field that holds the text.")] = "text",
+    answer_column: Annotated[
+        str | None, typer.Option(help="For fine-tuning: column of the answer to --text-column's prompt; only it counts in the loss.")
+    ] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a data set of the Hub, such as sample-100BT.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a data set that has several. Default: train.")] = None,
     eod_token: Annotated[str | None, typer.Option(help="Token that ends a document; default: the tokenizer's end of sequence.")] = None,
@@ -44,6 +47,7 @@ def prepare(
         val_fraction=val_fraction,
         eod_token=eod_token,
         text_column=text_column,
+        answer_column=answer_column,
         seed=seed,
         deduplicate=deduplicate,
         subset=subset,

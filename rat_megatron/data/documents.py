@@ -24,6 +24,7 @@ from rat_megatron.errors import UserError
 UNIT_BYTES = 32 << 20  # of text, about; fixed, so that units do not depend on the number of workers
 PLANNING_THREADS = 32  # wait for the footers of Parquet files on the Hub
 READ_AHEAD_BYTES = 8 << 20  # asked for at once from the Hub
+COLUMN_FLAGS = ("--text-column", "--answer-column")
 HUB_ATTEMPTS = 6  # to read something from the Hub; waits 1, 2, 4, 8 and 16 seconds between them
 
 
@@ -42,14 +43,18 @@ class Unit:
         return self.files[0].is_remote
 
 
-def plan_units(files: list[InputFile], text_column: str) -> list[Unit]:
-    """Cuts the files, in order, into units of about UNIT_BYTES. Raises UserError for a Parquet or Arrow file without the text column."""
+def plan_units(files: list[InputFile], columns: tuple[str, ...]) -> list[Unit]:
+    """Cuts the files, in order, into units of about UNIT_BYTES. `columns` are those of COLUMN_FLAGS, in their order.
+
+    Raises UserError for a Parquet or Arrow file without them, and for plain text where more than the text is asked for."""
+    if len(columns) > 1 and (plain := next((file for file in files if file.format == "text"), None)):
+        raise UserError(f"input {plain.location} is plain text and has no {COLUMN_FLAGS[1]}: give JSONL, Parquet or Arrow.")
     units: list[Unit] = []
     texts: list[InputFile] = []  # small text files share a unit
     texts_size = 0
     with ThreadPoolExecutor(PLANNING_THREADS) as threads:
         tables = (file if file.format in ("parquet", "arrow") else None for file in files)
-        planned = [file and threads.submit(retrying, file, _plan_table, file, text_column) for file in tables]
+        planned = [file and threads.submit(retrying, file, _plan_table, file, columns) for file in tables]
         for file, table in zip(files, planned, strict=True):
             if file.format == "text":
                 texts.append(file)
@@ -87,17 +92,17 @@ def _unit(files: list[InputFile], begin: int, end: int, size: int) -> Unit:
     return Unit(tuple(files), begin, end, size, key)
 
 
-def _plan_table(file: InputFile, text_column: str) -> list[Unit]:
+def _plan_table(file: InputFile, columns: tuple[str, ...]) -> list[Unit]:
     if file.format == "arrow":
         with _readable(file):
             table = _arrow_table(file)
-        _check_text_column(file, table.schema, text_column)
+        _check_columns(file, table.schema, columns)
         rows = max(1, UNIT_BYTES * table.num_rows // file.size)
         edges = [*range(0, table.num_rows, rows), table.num_rows]
         return [_unit([file], begin, end, (end - begin) * file.size // table.num_rows) for begin, end in pairwise(edges)]
     with _readable(file), pyarrow.parquet.ParquetFile(_source(file)) as table:
         metadata, schema = table.metadata, table.schema_arrow
-    _check_text_column(file, schema, text_column)
+    _check_columns(file, schema, columns)
     units, begin, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
@@ -107,23 +112,30 @@ def _plan_table(file: InputFile, text_column: str) -> list[Unit]:
     return units
 
 
-def _check_text_column(file: InputFile, schema: pyarrow.Schema, text_column: str) -> None:
-    if text_column not in schema.names:
-        raise UserError(f"{file.location} has no column {text_column!r}, only {', '.join(schema.names)}: choose one with --text-column.")
-    found = schema.field(text_column).type
-    if not (pyarrow.types.is_string(found) or pyarrow.types.is_large_string(found)):
-        raise UserError(f"column {text_column!r} of {file.location} holds {found}, not text: choose another with --text-column.")
+def _check_columns(file: InputFile, schema: pyarrow.Schema, columns: tuple[str, ...]) -> None:
+    for flag, column in zip(COLUMN_FLAGS, columns, strict=False):
+        if column not in schema.names:
+            raise UserError(f"{file.location} has no column {column!r}, only {', '.join(schema.names)}: choose one with {flag}.")
+        found = schema.field(column).type
+        if not (pyarrow.types.is_string(found) or pyarrow.types.is_large_string(found)):
+            raise UserError(f"column {column!r} of {file.location} holds {found}, not text: choose another with {flag}.")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------------------------
 
 
-def read_documents(unit: Unit, text_column: str) -> Iterator[str]:
-    """The documents of a unit in order, each valid Unicode; empty ones are left out. Raises UserError for what cannot be read."""
+def read_documents(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The documents of a unit in order, the text of each of `columns`, all valid Unicode; those without a text are left out.
+
+    Raises UserError for what cannot be read."""
     read = {"text": _read_text, "parquet": _read_parquet, "arrow": _read_arrow, "jsonl": _read_jsonl}[unit.files[0].format]
-    for text in read(unit, text_column):
-        if text:
-            yield text if text.isascii() else text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+    for texts in read(unit, columns):
+        if all(texts):
+            yield tuple(map(_valid, texts))
+
+
+def _valid(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
 
 
 @contextmanager
@@ -165,31 +177,35 @@ def _arrow_table(file: InputFile) -> pyarrow.Table:
     return reader(source).read_all()
 
 
-def _read_text(unit: Unit, _: str) -> Iterator[str]:
+def _read_text(unit: Unit, _: tuple[str, ...]) -> Iterator[tuple[str]]:
     for file in unit.files:
         with _readable(file), _open(file) as opened:
             content = opened.read()
         try:
-            yield content.decode("utf-8")
+            yield (content.decode("utf-8"),)
         except UnicodeDecodeError as error:
             raise UserError(f"{file.location} is not UTF-8 text (byte {error.start}): convert it first.") from error
 
 
-def _read_parquet(unit: Unit, text_column: str) -> Iterator[str | None]:
+def _read_parquet(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
     file, groups = unit.files[0], range(unit.begin, unit.end)
     with _readable(file), pyarrow.parquet.ParquetFile(_source(file), pre_buffer=file.is_remote) as table:
-        for batch in table.iter_batches(batch_size=256, row_groups=list(groups), columns=[text_column]):
-            yield from batch.column(0).to_pylist()
+        for batch in table.iter_batches(batch_size=256, row_groups=list(groups), columns=list(columns)):
+            yield from _rows(batch, columns)
 
 
-def _read_arrow(unit: Unit, text_column: str) -> Iterator[str | None]:
+def _read_arrow(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
     with _readable(unit.files[0]):
-        column = _arrow_table(unit.files[0]).column(text_column)
+        table = _arrow_table(unit.files[0])
         for begin in range(unit.begin, unit.end, 256):
-            yield from column.slice(begin, min(256, unit.end - begin)).to_pylist()
+            yield from _rows(table.slice(begin, min(256, unit.end - begin)), columns)
 
 
-def _read_jsonl(unit: Unit, text_column: str) -> Iterator[str | None]:
+def _rows(table: pyarrow.Table | pyarrow.RecordBatch, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
+    return zip(*(table.column(column).to_pylist() for column in columns), strict=True)
+
+
+def _read_jsonl(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
     """Of a plain file, the lines that begin in [begin, end); of a compressed one, all lines."""
     plain = unit.files[0].compression is None
     with _readable(unit.files[0]), _open(unit.files[0]) as opened:
@@ -199,21 +215,22 @@ def _read_jsonl(unit: Unit, text_column: str) -> Iterator[str | None]:
             position = unit.begin - 1 + len(opened.readline())
         while (position < unit.end or not plain) and (line := opened.readline()):
             if line.strip():
-                yield _text_of_line(line, unit.files[0], position, text_column)
+                yield _texts_of_line(line, unit.files[0], position, columns)
             position += len(line)
 
 
-def _text_of_line(line: bytes, file: InputFile, position: int, text_column: str) -> str | None:
+def _texts_of_line(line: bytes, file: InputFile, position: int, columns: tuple[str, ...]) -> tuple[str | None, ...]:
     try:
         document = json.loads(line)
     except ValueError as error:  # also what is not UTF-8
         raise UserError(f"{_place(file, position)} is not JSON ({error}): correct or remove it.") from error
-    if not isinstance(document, dict) or text_column not in document:
-        raise UserError(f"{_place(file, position)} has no field {text_column!r}: name the one with the text with --text-column.")
-    text = document[text_column]
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"field {text_column!r} in {_place(file, position)} holds {type(text).__name__}, not text.")
-    return text
+    for flag, column in zip(COLUMN_FLAGS, columns, strict=False):
+        if not isinstance(document, dict) or column not in document:
+            raise UserError(f"{_place(file, position)} has no field {column!r}: name the one with the text with {flag}.")
+        text = document[column]
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"field {column!r} in {_place(file, position)} holds {type(text).__name__}, not text.")
+    return tuple(document[column] for column in columns)
 
 
 def _place(file: InputFile, position: int) -> str:

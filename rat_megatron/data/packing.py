@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rat_megatron.data.answers import read_records, sample_type
 from rat_megatron.data.duplicates import read_index
 from rat_megatron.data.pool import run_in_workers
 from rat_megatron.data.settings import Settings, hash_of
@@ -31,7 +32,7 @@ INDEX_FILE = "index.json"
 
 @dataclass(frozen=True)
 class Packing:
-    """What the workers need. `begins` [parts + 1]: where each part begins in the split's stream of tokens."""
+    """What the workers need. `begins` [parts + 1]: where each part begins in the split's stream of tokens, or of `answers.py`'s samples."""
 
     parts: list[Part]
     begins: np.ndarray
@@ -45,25 +46,33 @@ class Packing:
         """Changes with the tokens: entries of other ones, from before a file was corrected, are of no use."""
         return hash_of([(part.tokens_file.name, part.tokens) for part in self.parts])
 
+    @cached_property
+    def sample_type(self) -> np.dtype:
+        return sample_type(self.settings)
+
     @property
     def shard_samples(self) -> int:
-        sample_bytes = (self.settings.seq_length + 1) * np.dtype(self.settings.token_dtype).itemsize
-        return max(1, min(SHARD_SAMPLES, SHARD_BYTES // (sample_bytes + 4)))  # MDS spends 4 bytes on the place of a sample
+        return max(1, min(SHARD_SAMPLES, SHARD_BYTES // (self.sample_type.itemsize + 4)))  # MDS spends 4 bytes on the place of a sample
 
 
-def samples_in(parts: list[Part], seq_length: int) -> int:
-    """Samples share one token with the next; a tail of fewer than `seq_length` tokens is left out."""
-    return max(0, sum(part.tokens for part in parts) - 1) // seq_length
+def samples_in(parts: list[Part], settings: Settings) -> int:
+    """Samples share one token with the next, and a tail of fewer than T tokens is left out; with answers, a sample is a document."""
+    total = sum(_sizes(parts, settings))
+    return total if settings.answer_column else max(0, total - 1) // settings.seq_length
+
+
+def _sizes(parts: list[Part], settings: Settings) -> list[int]:
+    return [part.documents if settings.answer_column else part.tokens for part in parts]
 
 
 def pack(parts: list[Part], split: str, settings: Settings, destination: Destination, workers: int) -> None:
     """Writes the shards and the index of one split to the work folder, or straight to the store; nothing when there is not a sample."""
     from rich.progress import Progress
 
-    samples = samples_in(parts, settings.seq_length)
+    samples = samples_in(parts, settings)
     if not samples:
         return
-    packing = Packing(parts, np.cumsum([0, *(part.tokens for part in parts)]), split, samples, settings, destination)
+    packing = Packing(parts, np.cumsum([0, *_sizes(parts, settings)]), split, samples, settings, destination)
     shards = range(-(-samples // packing.shard_samples))
     entries = {shard: json.loads(_entry_file(packing, shard).read_text()) for shard in shards if _is_finished(packing, shard)}
     if not entries:
@@ -98,16 +107,15 @@ def _write_shard(packing: Packing, shard: int) -> dict[str, Any]:
     """Its entry of the index."""
     from streaming import MDSWriter
 
-    settings, work = packing.settings, packing.destination.work
+    work = packing.destination.work
     first = shard * packing.shard_samples
     last = min(first + packing.shard_samples, packing.samples)
-    ids = _read_tokens(packing, first * settings.seq_length, last * settings.seq_length + 1)
     folder = work / f"{packing.split}.{shard:05}.{os.getpid()}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
-    columns = {"tokens": f"ndarray:{settings.token_dtype}:{settings.seq_length + 1}"}
+    columns = {name: f"ndarray:{kind.base}:{kind.shape[0]}" for name, (kind, _) in packing.sample_type.fields.items()}
     with MDSWriter(columns=columns, out=str(folder), hashes=["xxh64"], size_limit=None) as writer:
-        for begin in range(0, len(ids) - 1, settings.seq_length):
-            writer.write({"tokens": ids[begin : begin + settings.seq_length + 1]})
+        for sample in _samples(packing, first, last):
+            writer.write(sample)
     [entry] = json.loads((folder / INDEX_FILE).read_text())["shards"]
     name = _shard_name(shard)
     os.replace(folder / entry["raw_data"]["basename"], work / packing.split / name)
@@ -118,19 +126,30 @@ def _write_shard(packing: Packing, shard: int) -> dict[str, Any]:
     return entry
 
 
-def _read_tokens(packing: Packing, begin: int, end: int) -> np.ndarray:
-    """The tokens [begin, end) of the split's stream."""
-    return np.concatenate(list(_pieces(packing, begin, end)))
+def _samples(packing: Packing, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
+    """The samples [first, last) of the split, by column."""
+    length = packing.settings.seq_length
+    if packing.settings.answer_column:
+        for record in np.concatenate(list(_pieces(packing, first, last))):
+            yield {name: record[name] for name in record.dtype.names}
+    else:
+        ids = np.concatenate(list(_pieces(packing, first * length, last * length + 1)))
+        for begin in range(0, len(ids) - 1, length):
+            yield {"tokens": ids[begin : begin + length + 1]}
 
 
 def _pieces(packing: Packing, begin: int, end: int) -> Iterator[np.ndarray]:
+    """What the parts hold of [begin, end) of the split's stream."""
+    settings = packing.settings
     number = int(np.searchsorted(packing.begins, begin, side="right")) - 1
     while number < len(packing.parts) and packing.begins[number] < end:
         part, offset = packing.parts[number], int(packing.begins[number])
-        within = max(0, begin - offset), min(part.tokens, end - offset)
-        if within[0] < within[1]:
+        within = max(0, begin - offset), min(int(packing.begins[number + 1]), end) - offset
+        if within[0] < within[1] and settings.answer_column:
+            yield read_records(part, *within, settings)
+        elif within[0] < within[1]:
             read = _read_kept if len(part.dropped) else _read_all
-            yield read(part, *within, packing.settings.token_dtype)
+            yield read(part, *within, settings.token_dtype)
         number += 1
 
 

@@ -35,7 +35,8 @@ TOKENIZER = "tokenizer"
 class PrepareReport:
     """Totals of the data set; `seconds` and `tokens_per_second` (of tokenizing) are of this call alone, 0 when all was there already.
 
-    `duplicates` are the documents left out as copies; the other counts are without them."""
+    `duplicates` are the documents left out as copies, `too_long` those whose prompt and answer are no sample; the other counts are
+    without them."""
 
     documents: int
     tokens: int
@@ -44,6 +45,7 @@ class PrepareReport:
     seconds: float
     tokens_per_second: float
     duplicates: int = 0
+    too_long: int = 0
 
 
 def prepare(
@@ -56,6 +58,7 @@ def prepare(
     val_fraction: float = 0.005,
     eod_token: str | None = None,
     text_column: str = "text",
+    answer_column: str | None = None,
     seed: int = 1005,
     deduplicate: bool = False,
     subset: str | None = None,
@@ -70,16 +73,22 @@ def prepare(
     Whether a document is held out depends on a hash of its text and `seed` alone: copies of a document fall on the same side. With
     `deduplicate` only the first of all documents with the same text is kept.
 
+    With `answer_column` each document, a prompt (`text_column`) and its answer, is a sample of its own for fine-tuning, with a second
+    column that says where the answer is (`answers.py`). Documents of more than T+1 tokens are left out and counted. The hash is then the
+    prompt's, and copies have the same prompt and answer.
+
     inputs: files, folders or hf://NAME[@REVISION], with `subset` and `split`: see `list_files`.
     output: a folder, or the URL of a store; then unfinished work is kept in a folder of its own inside `work_dir`.
     tokenizer: a Hugging Face name or a local folder.
     Raises UserError for bad input, and when OUTPUT holds anything but this very data set, finished or not."""
     started = time.perf_counter()
     _check_numbers(seq_length, workers, val_fraction)
+    if answer_column == text_column:
+        raise UserError(f"--answer-column {answer_column} is the --text-column too: name the column with the prompt by --text-column.")
     loaded = load_tokenizer(tokenizer)
     settings = make_settings(
         loaded, tokenizer, eod_token=eod_token, seq_length=seq_length, text_column=text_column,
-        val_fraction=val_fraction, seed=seed, deduplicate=deduplicate,
+        val_fraction=val_fraction, seed=seed, deduplicate=deduplicate, answer_column=answer_column,
     )  # fmt: skip
     destination = open_destination(output, work_dir)
     files = list_files(inputs, Path(work_dir or output), subset, split)
@@ -88,35 +97,37 @@ def prepare(
     finished = _finished_report(destination, settings, inputs_hash)
     if finished is not None:
         return finished
-    units = plan_units(files, text_column)
+    units = plan_units(files, settings.columns)
     with _exclusive(destination, settings):
         _write_tokenizer(loaded, destination)
         parts, rate = tokenize(units, destination.work, loaded, settings, workers)
-        found = sum(part.documents for split in SPLITS for part in parts[split])
+        found, too_long = (sum(getattr(part, what) for split in SPLITS for part in parts[split]) for what in ("documents", "too_long"))
         if deduplicate:
             parts = {split: drop_duplicates(parts[split]) for split in SPLITS}
         splits = {
             split: {
                 "documents": sum(part.documents for part in parts[split]),
                 "tokens": sum(part.tokens for part in parts[split]),
-                "samples": samples_in(parts[split], seq_length),
+                "samples": samples_in(parts[split], settings),
             }
             for split in SPLITS
         }
         documents, tokens = (sum(total[what] for total in splits.values()) for what in ("documents", "tokens"))
         if not splits["train"]["samples"]:
             shutil.rmtree(destination.work)
-            raise UserError(
-                f"the inputs hold {tokens} tokens, too few for one training sample of --seq-length {seq_length}: give more text."
-            )
+            few = f"{tokens} tokens, too few for one" if answer_column is None else f"{documents} documents that fit and none for a"
+            long = f" ({too_long} have more than {seq_length + 1} tokens)" if too_long else ""
+            raise UserError(f"the inputs hold {few} training sample of --seq-length {seq_length}{long}: give more text.")
         for split in SPLITS:
             pack(parts[split], split, settings, destination, workers)
-        totals = {"documents": documents, "duplicates": found - documents, "tokens": tokens, "splits": splits}
+        totals = {"documents": documents, "duplicates": found - documents, "too_long": too_long, "tokens": tokens, "splits": splits}
         destination.publish([*SPLITS, TOKENIZER], {**asdict(settings), "inputs_hash": inputs_hash, **totals})
     seconds = time.perf_counter() - started
     print(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s, {seconds:.1f} s in all")
     if deduplicate:
         print(f"{found - documents:,} of {found:,} documents were copies of an earlier one and are left out")
+    if too_long:
+        print(f"{too_long:,} more documents have over {seq_length + 1:,} tokens with their end, and are left out")
     train, val = (splits[split]["samples"] for split in SPLITS)
     print(f"{destination.shown}: {train:,} training and {val:,} validation samples of {seq_length} tokens")
     if val_fraction and not val:
@@ -135,7 +146,7 @@ def _check_numbers(seq_length: int, workers: int, val_fraction: float) -> None:
 
 def _report(meta: dict[str, Any], seconds: float, rate: float) -> PrepareReport:
     samples = (meta["splits"][split]["samples"] for split in SPLITS)
-    return PrepareReport(meta["documents"], meta["tokens"], *samples, seconds, rate, meta.get("duplicates", 0))
+    return PrepareReport(meta["documents"], meta["tokens"], *samples, seconds, rate, meta.get("duplicates", 0), meta.get("too_long", 0))
 
 
 def _finished_report(destination: Destination, settings: Settings, inputs_hash: str) -> PrepareReport | None:
@@ -159,7 +170,7 @@ def _finished_report(destination: Destination, settings: Settings, inputs_hash: 
 
 
 def _compare(address: str, there: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    there = {"deduplicate": False, **there}  # older data sets do not say so
+    there = {"deduplicate": False, "answer_column": None, **there}  # older data sets do not say so
     for name, value in wanted.items():
         if there.get(name) != value:
             change = "other input files" if name == "inputs_hash" else f"{name} {there.get(name)}, not {value}"

@@ -29,6 +29,12 @@ class Settings:
     val_fraction: float
     seed: int
     deduplicate: bool
+    answer_column: str | None  # each document is a sample of its own, with a loss on its answer only (answers.py)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that are read of a document."""
+        return (self.text_column,) if self.answer_column is None else (self.text_column, self.answer_column)
 
 
 def load_tokenizer(name: str) -> Any:

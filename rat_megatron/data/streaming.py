@@ -213,7 +213,7 @@ def _streaming_streams(streams: list[Stream], split: str, cache: str | None) -> 
 
 
 def _loader(dataset: Any, share: int, num_workers: int) -> DataLoader:
-    """Yields this rank's share of one global batch: tokens [share, s + 1] and sample ids [share]."""
+    """Yields this rank's share of one global batch, as `_collate` gives it."""
     return DataLoader(
         dataset,
         batch_size=share,
@@ -225,7 +225,7 @@ def _loader(dataset: Any, share: int, num_workers: int) -> DataLoader:
     )
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, ...]]:
     """The loader's batches; what goes wrong in its workers raises UserError here, or wherever the program is when a worker dies."""
     batches = iter(loader)
     workers = getattr(batches, "_workers", [])  # there are none when this process reads itself
@@ -288,9 +288,14 @@ def _kill(workers: list[Any]) -> None:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
-    return torch.from_numpy(tokens), torch.tensor([int(sample["id"]) for sample in samples])
+def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens [share, s + 1], answers [share, 2] (0, 0 for a sample of plain text) and ids [share]."""
+    tokens, answers = (np.stack(column).astype(np.int64) for column in zip(*map(_tokens_and_answer, samples), strict=True))
+    return torch.from_numpy(tokens), torch.from_numpy(answers), torch.tensor([int(sample["id"]) for sample in samples])
+
+
+def _tokens_and_answer(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    return sample["tokens"], sample.get("answer", np.zeros(2))
 
 
 def _ignore_signals(_: int) -> None:
@@ -300,19 +305,27 @@ def _ignore_signals(_: int) -> None:
 
 
 def _microbatches(
-    tokens: torch.Tensor, ids: torch.Tensor, micro_batch_size: int, seq_length: int, eod_id: int
+    tokens: torch.Tensor, answers: torch.Tensor, ids: torch.Tensor, micro_batch_size: int, seq_length: int, eod_id: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """[share, s + 1], [share] -> dicts of [b, s]: tokens, labels, position_ids (int64) and loss_mask (float32); and sample_ids [b] (int64),
-    each sample's index in the streams laid end to end.
-
-    The loss leaves out the token after an end-of-document token: nothing before it tells how the next document begins."""
+    """[share, s + 1], [share, 2], [share] -> dicts of [b, s]: tokens, labels, position_ids (int64) and loss_mask (float32); and sample_ids
+    [b] (int64), each sample's index in the streams laid end to end."""
     position_ids = torch.arange(seq_length).expand(micro_batch_size, seq_length)
-    for part, part_ids in zip(tokens.split(micro_batch_size), ids.split(micro_batch_size), strict=True):
+    for part, part_answers, part_ids in zip(*(column.split(micro_batch_size) for column in (tokens, answers, ids)), strict=True):
         inputs = part[:, :-1].contiguous()
         yield {
             "tokens": inputs,
             "labels": part[:, 1:].contiguous(),
-            "loss_mask": (inputs != eod_id).float(),
+            "loss_mask": loss_mask(inputs, part_answers, eod_id),
             "position_ids": position_ids.contiguous(),
             "sample_ids": part_ids.clone(),
         }
+
+
+def loss_mask(inputs: torch.Tensor, answers: torch.Tensor, eod_id: int) -> torch.Tensor:
+    """Which predictions count. inputs [b, s]; answers [b, 2], column `answer` of the samples, 0, 0 where there is none -> float32 [b, s].
+
+    With an answer, those of its tokens and its end. In plain text all but the token after an end-of-document token: nothing before it
+    tells how the next document begins."""
+    predicted = torch.arange(1, inputs.shape[1] + 1)  # [s] places in the sample
+    begin, end = answers.split(1, dim=1)
+    return torch.where(end > 0, (begin <= predicted) & (predicted < end), inputs != eod_id).float()

@@ -1,5 +1,6 @@
 """Units of text -> files of token ids, in worker processes: KEY.train and KEY.val, flat ids, and KEY.json, their counts, which comes last
-and says that they are whole. With --deduplicate each has a KEY.SPLIT.index of one record per document (`INDEX_TYPE`)."""
+and says that they are whole. With --answer-column the ids come as records of one document each (`answers.py`); with --deduplicate each
+has a KEY.SPLIT.index of one record per document (`INDEX_TYPE`)."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rat_megatron.data.answers import answer_record
 from rat_megatron.data.documents import Unit, read_documents, retrying
 from rat_megatron.data.pool import run_in_workers
 from rat_megatron.data.settings import SPLITS, Settings
@@ -29,13 +31,15 @@ ARRAY_TYPES = {"uint16": "H", "uint32": "I"}  # a list becomes an array faster t
 
 @dataclass(frozen=True)
 class Part:
-    """The token ids of one unit and split. `documents` and `tokens` count what is kept, all but the documents numbered `dropped`."""
+    """The token ids of one unit and split. `documents` and `tokens` count what is kept, all but the documents numbered `dropped`;
+    `too_long` documents were never written."""
 
     tokens_file: Path
     index_file: Path
     documents: int
     tokens: int
     dropped: np.ndarray  # [dropped] ascending
+    too_long: int = 0
 
 
 def tokenize(units: list[Unit], work: Path, tokenizer: Any, settings: Settings, workers: int) -> tuple[dict[str, list[Part]], float]:
@@ -70,27 +74,38 @@ def tokenize_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, 
 
 def _write_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, Any]:
     work, tokenizer, settings = context
-    counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+    counts = {split: {"documents": 0, "tokens": 0, "too_long": 0} for split in SPLITS}
     names = [*SPLITS, *(f"{split}.index" for split in SPLITS if settings.deduplicate)]
     temporary = {name: work / f"{unit.key}.{name}.{os.getpid()}.tmp" for name in names}
-    end = np.array([settings.eod_id], settings.token_dtype).tobytes()
-    batches = _batches(read_documents(unit, settings.text_column))
+    batches = _batches(read_documents(unit, settings.columns))
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
-        for texts in _read_ahead(batches) if unit.is_remote else batches:
-            for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
-                encoded = text.encode()
-                split = "val" if _is_held_out(encoded, settings) else "train"
-                files[split].write(array(ARRAY_TYPES[settings.token_dtype], ids).tobytes() + end)
+        for documents in _read_ahead(batches) if unit.is_remote else batches:
+            encoded = zip(*(_encode(tokenizer, list(texts)) for texts in zip(*documents, strict=True)), strict=True)
+            for texts, ids in zip(documents, encoded, strict=True):
+                text = texts[0].encode()
+                split = "val" if _is_held_out(text, settings) else "train"
+                tokens = sum(map(len, ids)) + 1  # with the end-of-document id
+                if settings.answer_column and tokens > settings.seq_length + 1:
+                    counts[split]["too_long"] += 1
+                    continue
+                files[split].write(_stored(ids, settings))
                 if settings.deduplicate:
-                    digest = hashlib.blake2b(encoded, digest_size=16).digest()
-                    files[f"{split}.index"].write(digest + (len(ids) + 1).to_bytes(8, "little"))
+                    digest = hashlib.blake2b(text, digest_size=16, key=b"".join(map(_digest, texts[1:]))).digest()
+                    files[f"{split}.index"].write(digest + tokens.to_bytes(8, "little"))
                 counts[split]["documents"] += 1
-                counts[split]["tokens"] += len(ids) + 1
+                counts[split]["tokens"] += tokens
     for name, path in temporary.items():
         os.replace(path, work / f"{unit.key}.{name}")
     write_json(work / f"{unit.key}.json", counts)
     return counts
+
+
+def _stored(ids: tuple[list[int], ...], settings: Settings) -> bytes:
+    """The ids of one document, of its prompt and answer where there are two, as they are written."""
+    if settings.answer_column:
+        return answer_record(*ids, settings).tobytes()
+    return array(ARRAY_TYPES[settings.token_dtype], [*ids[0], settings.eod_id]).tobytes()
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Iterable[list[int]]:
@@ -102,11 +117,11 @@ def _encode(tokenizer: Any, texts: list[str]) -> Iterable[list[int]]:
     return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
     batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
+    for texts in documents:
+        batch.append(texts)
+        size += sum(map(len, texts))
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -114,7 +129,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _read_ahead(batches: Iterator[list[str]]) -> Iterator[list[str]]:
+def _read_ahead(batches: Iterator[list[tuple[str, ...]]]) -> Iterator[list[tuple[str, ...]]]:
     """Reads the next batch while one is tokenized, so that the network is not waited for."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, batches, None)
@@ -123,6 +138,11 @@ def _read_ahead(batches: Iterator[list[str]]) -> Iterator[list[str]]:
             yield batch
 
 
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def _is_held_out(text: bytes, settings: Settings) -> bool:
+    """By the text, or the prompt alone: all answers to one question are on the same side."""
     digest = hashlib.blake2b(text, digest_size=8, key=str(settings.seed).encode()).digest()
     return int.from_bytes(digest, "big") < settings.val_fraction * 2**64
