@@ -1,0 +1,181 @@
+"""Runs of pretrain_rat.py inside this process, one after another, and what each iteration took: for the benchmarks of training.
+
+One process, because starting Python, CUDA and the libraries takes longer than the iterations that are timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.timing import free_memory
+
+TINY_MODEL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --make-vocab-size-divisible-by 1 --lr 1e-3 "
+    "--lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95"
+).split()
+FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max".split()
+
+
+@dataclass
+class Run:
+    """Iterations of one run: seconds of each, losses by name, FLOPs of one; parameters and peak bytes on this rank."""
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[dict[str, float]] = field(default_factory=list)
+    flops: int = 0
+    parameters: int = 0
+    peak_bytes: int = 0
+
+
+def run(flags: list[str], on_iteration: Callable[[int], None] = lambda count: None, log: str | None = None) -> Run:
+    """Trains with these flags of pretrain_rat.py; calls on_iteration with the number of iterations done, after each.
+
+    What the run prints goes to the end of the file ``log`` instead, if there is one.
+
+    The device is waited for at the end of every iteration, as Megatron does on its own when it logs. What a run leaves in Megatron, in
+    Transformer Engine and on the device is taken back, also when it fails.
+    """
+    result = Run()
+    free_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with _printing_to(log), _megatron_restored(), _command_line(flags):
+        from megatron.training import training
+
+        import pretrain_rat
+
+        _observe(training, result, on_iteration)
+        pretrain_rat.main()
+        result.peak_bytes = torch.cuda.max_memory_allocated()
+    free_memory()
+    return result
+
+
+def _observe(training, result: Run, on_iteration: Callable[[int], None]) -> None:
+    log, setup = training.training_log, training.setup_model_and_optimizer
+    last = 0.0
+
+    def setup_noted(*args, **kwargs):
+        model, *rest = setup(*args, **kwargs)
+        result.parameters = sum(p.numel() for chunk in model for p in chunk.parameters())
+        nonlocal last
+        last = time.perf_counter()
+        return model, *rest
+
+    def log_noted(losses, *args, **kwargs):
+        nonlocal last
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        result.seconds.append(now - last)
+        result.losses.append({name: float(value) for name, value in losses.items()})
+        options = training.get_args()
+        result.flops = training.num_floating_point_operations(options, options.global_batch_size)
+        report = log(losses, *args, **kwargs)
+        on_iteration(len(result.seconds))
+        last = time.perf_counter()
+        return report
+
+    training.setup_model_and_optimizer, training.training_log = setup_noted, log_noted
+
+
+@contextmanager
+def _printing_to(log: str | None) -> Iterator[None]:
+    if log is None:
+        yield
+        return
+    with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+@contextmanager
+def _command_line(flags: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = ["pretrain_rat.py", *flags]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _megatron_restored() -> Iterator[None]:
+    """Takes back what a run leaves: our hooks, Megatron's globals and groups, Transformer Engine's FP8 state."""
+    from rat_megatron.platform.cpu import use_cpu_if_no_cuda
+
+    use_cpu_if_no_cuda()
+    from megatron.core.dist_checkpointing import validation
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.training import checkpointing, initialize, training
+
+    places = (checkpointing, initialize, training, validation, TorchDistLoadShardedStrategy, DistributedOptimizer)
+    before = [(place, dict(vars(place))) for place in places]
+    timestamps = dict(training._STARTUP_TIMESTAMPS)
+    try:
+        yield
+    finally:
+        training.destroy_global_state()
+        for place, names in before:
+            for name, value in names.items():
+                if vars(place).get(name) is not value:
+                    setattr(place, name, value)
+        training._STARTUP_TIMESTAMPS.clear()
+        training._STARTUP_TIMESTAMPS.update(timestamps)  # ranks that have run before would reduce theirs, and wait for the others
+        if "transformer_engine.pytorch" in sys.modules:
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            FP8GlobalStateManager.reset()
+
+
+def leave_groups() -> None:
+    """Ends the process groups of the run before, and their communicators."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def random_data(folder: Path, samples: int, seq_length: int, vocab_size: int = 32000) -> Path:
+    """Writes training data of random tokens in which there is something to learn: half of the tokens follow from the one before."""
+    from streaming import MDSWriter
+
+    random = np.random.default_rng(1)
+    ids = 1 + (random.zipf(1.2, (seq_length + 1, samples)) - 1) % (vocab_size - 1)
+    follower, follows = 1 + random.permutation(vocab_size), random.random(ids.shape) < 0.5
+    for at in range(1, seq_length + 1):
+        ids[at] = np.where(follows[at], 1 + (follower[ids[at - 1]] - 1) % (vocab_size - 1), ids[at])
+    with MDSWriter(columns={"tokens": f"ndarray:uint16:{seq_length + 1}"}, out=str(folder / "train"), hashes=["xxh64"]) as out:
+        for sample in ids.T.astype(np.uint16):
+            out.write({"tokens": sample})
+    facts = {"format_version": 1, "seq_length": seq_length, "vocab_size": vocab_size, "eod_id": 0}
+    facts |= {"tokenizer_name": "none", "tokenizer_hash": "none"}
+    facts |= {"splits": {"train": {"samples": samples}, "val": {"samples": 0}}}
+    (folder / "rat_meta.json").write_text(json.dumps(facts))
+    return folder
+
+
+def common_flags(data: Path, iterations: int, tiny: bool) -> list[str]:
+    """What every timed run has: no validation, a log line and so a wait for the device at every iteration."""
+    words = f"--data-path {data} --train-iters {iterations} --eval-iters 0 --log-interval 1 --save-interval 100000"
+    return [*words.split(), *("--num-workers 0" if tiny else "--num-workers 2 --distributed-timeout-minutes 3").split()]
+
+
+def keep_threads_few() -> None:
+    """On a CPU, one thread a process: several processes share few cores."""
+    if not torch.cuda.is_available():
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
