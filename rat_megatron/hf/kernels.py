@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from rat_megatron.ops.decode import DecodeCache
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import gated_scan
 from rat_megatron.ops.kernels import triton_takes
@@ -38,7 +39,7 @@ def attention(q, k, v, head: HeadPattern) -> torch.Tensor:
 
 def can_decode(q: torch.Tensor, cache: HeadCache) -> bool:
     """Whether decode() serves q [b, np, 1, hn] with this cache."""
-    return not cache.head.blocks and not torch.is_grad_enabled() and triton_takes(q, cache.k)
+    return cache.k.shape[2] > 0 and not cache.head.blocks and not torch.is_grad_enabled() and triton_takes(q, cache.k)
 
 
 def decode(q, f, k, v, rotary, cache: HeadCache, lengths: torch.Tensor) -> torch.Tensor:
@@ -46,5 +47,5 @@ def decode(q, f, k, v, rotary, cache: HeadCache, lengths: torch.Tensor) -> torch
     from rat_megatron.ops.decode_triton import decode_step
 
     cos, sin = (table[:, 0, 0].expand(len(lengths), -1) for table in rotary)
-    out = decode_step(*(x[:, :, 0] for x in (q, f, k, v)), cos, sin, cache, lengths, 1 / math.sqrt(q.shape[-1]))
-    return out[:, :, None]
+    entries = DecodeCache(cache.head, cache.max_length, cache.k, cache.v, cache.state)
+    return decode_step(*(x[:, :, 0] for x in (q, f, k, v)), cos, sin, entries, lengths, 1 / math.sqrt(q.shape[-1]))[:, :, None]

@@ -1,0 +1,73 @@
+"""What rat_megatron.hf lends the model on a GPU, with the torch references in the place of the kernels: same results, other shapes."""
+
+import pytest
+import torch
+
+from rat_megatron.hf import attention_ratplus, kernels
+from rat_megatron.hf.kernels import can_attend, can_decode, can_scan
+from rat_megatron.ops import decode
+from tests.unit.test_hf_generate import pad, random_tokens, tiny_model
+
+torch.set_num_threads(1)  # at these sizes threads only wait for each other
+
+
+@pytest.fixture
+def lent(monkeypatch):
+    """Kernels that take tensors of the CPU, and which of them were called."""
+    calls = []
+    for name in ("scan", "attention", "decode"):
+        monkeypatch.setattr(kernels, name, _noted(getattr(kernels, name), name, calls))
+    monkeypatch.setattr(kernels, "triton_takes", lambda *tensors: True)
+    monkeypatch.setattr("rat_megatron.ops.decode_triton.decode_step", decode.decode_step)
+    return calls
+
+
+def _noted(function, name, calls):
+    def noted(*args):
+        calls.append(name)
+        return function(*args)
+
+    return noted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["dense", "d4", "d4w3s2", "w3", "[d4w2,{dense*2,d4,w2s1}]", "d4k3", "[dense,{d4k3,d4*3}]"])
+def test_results_are_those_without_kernels(pattern, lent, monkeypatch):
+    model, prompts, rest = tiny_model(pattern), [random_tokens(n) for n in (3, 30, 11)], random_tokens(3, 9)
+    ids, mask = pad(prompts)
+
+    def logits():
+        seen = mask
+        out = model(ids, attention_mask=seen, use_cache=True)
+        whole, cache = [out.logits[seen == 1].flatten()], out.past_key_values
+        for token in rest.split(1, dim=1):
+            seen = torch.cat([seen, seen.new_ones(3, 1)], dim=1)
+            seen[1, -1] = token[1, 0] % 2  # a row may pause
+            whole.append(model(token, attention_mask=seen, past_key_values=cache).logits[seen[:, -1] == 1].flatten())
+        return torch.cat(whole), cache.layers[0].heads[0].state
+
+    with_kernels = logits()
+    assert "scan" in lent
+    assert ("attention" in lent) == (pattern != "dense")
+    assert ("decode" in lent) == (pattern != "d4k3")
+    monkeypatch.setattr(attention_ratplus, "kernels", None)
+    torch.testing.assert_close(with_kernels, logits(), rtol=0, atol=1e-5)
+
+
+def test_gradients_flow_through_the_kernels_of_whole_sequences(lent, monkeypatch):
+    model, tokens = tiny_model("d4w3s2", torch.float64), random_tokens(2, 21)
+    gradients = []
+    for _ in range(2):
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.forget_gate_proj.weight.grad)
+        model.zero_grad()
+        monkeypatch.setattr(attention_ratplus, "kernels", None)
+    assert "attention" in lent and "decode" not in lent
+    torch.testing.assert_close(*gradients)
+
+
+def test_tensors_of_the_cpu_are_left_to_torch():
+    q = torch.randn(1, 2, 1, 32)
+    cache = tiny_model("d4")(random_tokens(1, 8)).past_key_values.layers[0].heads[0]
+    assert attention_ratplus.kernels is kernels
+    assert not can_scan(q) and not can_attend(q, cache.head) and not can_decode(q, cache)
