@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks import megatron_runs
-from benchmarks.megatron_runs import FP8, TINY_MODEL, common_flags, keep_threads_few, leave_groups, random_data
 from benchmarks.iteration_profile import Profile
+from benchmarks.megatron_runs import FP8, TINY_MODEL, common_flags, keep_threads_few, leave_groups, random_data
 from benchmarks.timing import describe, machine, write_json
 
 _PEAK = 989.4e12  # bf16 FLOP/s of an H100 or H200 (SXM) without sparsity
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--flags", type=shlex.split, default=[], help="more flags of pretrain_rat.py, for every run")
     parser.add_argument("--profile", action="store_true", help="show where the time of one more iteration goes")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a trial on any machine")
-    parser.add_argument("--log", metavar="FILE", help="where what the runs print goes; default: here")
+    parser.add_argument("--runs-log", metavar="FILE", help="where what the runs print goes; default: here")
     parser.add_argument("--json", metavar="FILE", help="write everything measured here, after every run")
     args = parser.parse_args(arguments)
     keep_threads_few()
@@ -84,7 +84,7 @@ def _measure(name: str, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     run = megatron_runs.run(
         [*_model(preset, args.tiny), *_without_fp8(flags, args.tiny), *common_flags(data, iterations, args.tiny), *args.flags],
         profile.after if profile else lambda count: None,
-        args.log,
+        args.runs_log,
     )
     seconds = run.seconds[args.warm_up : args.iterations]
     median = statistics.median(seconds)
