@@ -25,12 +25,14 @@ from rat_megatron.data.streams import check_streams, parse_data_path
 from rat_megatron.errors import UserError
 from rat_megatron.pattern import AttentionPattern
 from rat_megatron.training import presets
+from rat_megatron.training.fp8 import add_fp8_args, check_fp8
 from rat_megatron.training.layout import check_dilations, check_layout, check_ranks, query_groups
 
 _INTERVALS: dict[str, Any] = {"eval_interval": 1000, "save_interval": 1000}  # Megatron has none, and fails without
 _CHECKPOINTING: dict[str, Any] = {
     "ckpt_format": "torch_dist",
     "dist_ckpt_optim_fully_reshardable": True,  # Megatron's own default cannot resume the optimizer at another TP or PP
+    "dist_ckpt_strictness": "log_unexpected",  # of what a checkpoint lacks; megatron_hooks.py lets it be FP8's state alone
 }
 _DATA: dict[str, Any] = {
     "dataloader_type": "external",
@@ -75,6 +77,7 @@ def _add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | Non
         type=float,
         help="Without progress for so long, every rank shows its stack and the run ends. Default: it waits.",
     )
+    add_fp8_args(group)
 
     parser.error = _refuse
     parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
@@ -143,12 +146,14 @@ def _check_and_derive(args: Namespace) -> dict[str, Any]:
     _check_complete(args)
     _check_features(args)
     check_layout(args)
+    check_fp8(args)
     derived = _check_patterns(args) | _check_data(args)
     check_ranks(args)
     derived |= {
         "rat_data_order": _data_order(args),
         "load": args.load or args.save,
         "max_position_embeddings": args.max_position_embeddings or args.seq_length,
+        "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
     }
     _check_checkpoints(args, derived)
     return derived
@@ -165,8 +170,6 @@ def _check_complete(args: Namespace) -> None:
 
 def _check_features(args: Namespace) -> None:
     cuda = torch.cuda.is_available()
-    if (args.fp8 or args.fp4) and not (cuda and HAVE_TE):
-        raise UserError("--fp8-format and --fp4-format need a GPU with Transformer Engine: leave them out on this machine")
     if args.transformer_impl == "transformer_engine" and not (cuda and HAVE_TE):
         raise UserError("--transformer-impl transformer_engine needs a GPU with Transformer Engine: use --transformer-impl local here")
     refused = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import megatron.training.initialize as initialize
 import megatron.training.training as training
 import torch
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.models.gpt import GPTModel
 from megatron.core.msc_utils import maybe_msc
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from rat_megatron.errors import UserError
 from rat_megatron.pattern import AttentionPattern
 from rat_megatron.training.arl import arl_train_step, step_loaded_first
 from rat_megatron.training.exit_signal import EarlyExitSignal
@@ -61,6 +63,13 @@ def install_hooks(args: Namespace, exit_signal: EarlyExitSignal, watchdog: Watch
 
     # --dist-ckpt-strictness raise_all refuses any checkpoint of another layout, for the states of ranks that Megatron itself leaves out.
     validation._determine_missing_and_unexpected_keys = _without_what_is_left_out(validation._determine_missing_and_unexpected_keys, args)
+
+    # FP8's state is the one thing that a checkpoint may lack, or have too much: it was written in bf16, by other layers, or the other way
+    # round. Megatron would load whatever fits, after an error in silence. And Transformer Engine does not load that state of delayed
+    # scaling unless told so, as it is a pickle; torch has unpickled all that is no tensor by then.
+    validation._determine_missing_and_unexpected_keys = _lacking_fp8_state_only(validation._determine_missing_and_unexpected_keys, args)
+    GPTModel.load_state_dict = _with_weights_whole(GPTModel.load_state_dict)
+    os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
 
     # Fully reshardable checkpoints of the distributed optimizer take parameters from the wrong places once a bucket of the buffer has had
     # to be padded (its length is no multiple of 128 and of the data-parallel size): moments and master weights would be lost silently.
@@ -112,6 +121,36 @@ def _without_what_is_left_out(determine_keys: Callable, args: Namespace) -> Call
         return missing - left_out, unexpected
 
     return determine
+
+
+def _lacking_fp8_state_only(determine_keys: Callable, args: Namespace) -> Callable:
+    def determine(*metadata: Any) -> tuple[set[str], set[str]]:
+        missing, unexpected = determine_keys(*metadata)
+        lacking = _all_but_fp8_state(unexpected)
+        if lacking and args.dist_ckpt_strictness == "log_unexpected":
+            raise UserError(f"the checkpoint lacks {_some(lacking)}: give the flags it was written with")
+        return missing, unexpected
+
+    return determine
+
+
+def _with_weights_whole(load_state_dict: Callable) -> Callable:
+    def load(self: Any, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
+        keys = load_state_dict(self, state_dict, strict=False, **kwargs)
+        wrong = _all_but_fp8_state([*keys.missing_keys, *keys.unexpected_keys])
+        if wrong:
+            raise UserError(f"the checkpoint does not fit the model in {_some(wrong)}: give the flags it was written with")
+        return keys
+
+    return load
+
+
+def _all_but_fp8_state(keys: Iterable[str]) -> list[str]:
+    return sorted(key for key in keys if not key.endswith("._extra_state"))
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _from_padded_buckets(sharded_param_state: Callable) -> Callable:

@@ -69,6 +69,9 @@ BAD = {
     "T of the data": (["--seq-length", "128"], "holds samples of 64 tokens: use --seq-length 64"),
     "vocabulary": (["--vocab-size", "200"], "vocabulary of 300, the model only 200"),
     "FP8": (["--fp8-format", "hybrid"], "need a GPU with Transformer Engine"),
+    "FP8 attention": (["--fp8-format", "hybrid", "--fp8-dot-product-attention"], "need a GPU with Transformer Engine"),
+    "FP8 attention alone": (["--fp8-dot-product-attention"], "--fp8-dot-product-attention needs FP8 layers around it: give --fp8-format"),
+    "FP8 of all attention alone": (["--fp8-multi-head-attention"], "--fp8-multi-head-attention needs FP8 layers around it"),
     "Transformer Engine": (["--transformer-impl", "transformer_engine"], "needs a GPU with Transformer Engine"),
     "unknown flag": (["--rat-patern", "d16"], "unrecognized arguments: --rat-patern"),
     "unknown preset": (["--rat-preset", "3b"], "invalid choice: '3b'"),
@@ -109,6 +112,86 @@ def test_bad_input_has_its_sentence(check, tiny_data, flags, sentence):
     with pytest.raises((UserError, PatternError), match=sentence) as caught:
         check(*good, *flags)
     assert "\n" not in str(caught.value)
+
+
+FP8 = ["--fp8-format", "hybrid"]
+ATTENTION = [*FP8, "--fp8-dot-product-attention"]
+HOPPER, BLACKWELL = (9, 0), (10, 0)
+
+
+@pytest.fixture
+def check_fp8(monkeypatch):
+    """check_fp8(compute capability, flags...) on a machine that says it has such a GPU and Transformer Engine."""
+    import torch
+    from megatron.training.arguments import parse_args
+
+    from rat_megatron.training import arguments, fp8
+
+    def run(capability, *flags):
+        monkeypatch.setattr(sys, "argv", ["pretrain_rat.py", *MODEL_FLAGS, *TRAIN_FLAGS, *map(str, flags)])
+        args = parse_args(arguments._add_rat_args)
+        args.transformer_impl = "local" if "--transformer-impl" in flags else "transformer_engine"
+        with monkeypatch.context() as patch:
+            patch.setattr(fp8, "HAVE_TE", True)
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+            fp8.check_fp8(args)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "capability, flags, sentence",
+    [
+        (HOPPER, ["--transformer-impl", "local", *FP8], "--fp8-format needs Transformer Engine's layers"),
+        ((8, 0), FP8, "newer GPU than one of compute capability 8.0: leave out --fp8-format"),
+        (HOPPER, [*FP8, "--fp8-recipe", "mxfp8"], "mxfp8 needs a newer GPU .* 9.0: give --fp8-recipe delayed, tensorwise or blockwise"),
+        ((8, 9), ATTENTION, "--fp8-dot-product-attention needs a GPU of compute capability 9.0, this one has 8.9"),
+        (
+            HOPPER,
+            [*ATTENTION, "--fp8-recipe", "blockwise"],
+            "does not reach attention with --fp8-recipe blockwise: give",
+        ),
+        (BLACKWELL, [*ATTENTION, "--fp8-recipe", "blockwise"], "does not reach attention with --fp8-recipe blockwise"),
+        (HOPPER, [*ATTENTION, "--fp8-recipe", "tensorwise"], "delayed scaling only, not with Float8CurrentScaling: .* or export NVTE_DPA"),
+        (HOPPER, [*FP8, "--fp8-multi-head-attention", "--fp8-recipe", "tensorwise"], "--fp8-multi-head-attention works on this GPU with"),
+        (HOPPER, [*FP8, "--hidden-size", 40], "multiples of 16, and the --hidden-size is 40"),
+        (HOPPER, [*FP8, "--tensor-model-parallel-size", 4], "and the width of attention .* is 8"),
+        (HOPPER, [*FP8, "--ffn-hidden-size", 72], "and the --ffn-hidden-size .* is 72"),
+        (HOPPER, [*FP8, "--micro-batch-size", 1, "--seq-length", 60], "multiple of 8 tokens .* --seq-length 60 gives 60"),
+    ],
+)
+def test_fp8_that_cannot_be_has_its_sentence(check_fp8, capability, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_fp8(capability, *flags)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_fp8_that_can_be_passes(check_fp8, monkeypatch, recipe):
+    check_fp8(HOPPER, *FP8, "--fp8-recipe", recipe)
+    if recipe != "blockwise":
+        check_fp8(BLACKWELL, *ATTENTION, "--fp8-recipe", recipe)
+        monkeypatch.setenv("NVTE_DPA_FP8_RECIPE", "DelayedScaling")  # attention's own
+        check_fp8(HOPPER, *ATTENTION, "--fp8-recipe", recipe)
+        monkeypatch.setenv("NVTE_DPA_FP8_RECIPE", "F16")
+        with pytest.raises(UserError, match="not with F16"):
+            check_fp8(BLACKWELL, *ATTENTION, "--fp8-recipe", recipe)
+
+
+def test_fp8_attention_reaches_megatrons_configuration(check, tiny_data, monkeypatch):
+    """Under Megatron's own names; one flag implies the other."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import validate_args
+
+    from rat_megatron.model.config import RATTransformerConfig
+    from rat_megatron.training import arguments
+
+    monkeypatch.setattr(arguments, "check_fp8", lambda args: None)  # this machine has none
+    given, derived = check(*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data, "--fp8-multi-head-attention")
+    vars(given).update(derived)
+    validate_args(given)
+    config = core_transformer_config_from_args(given, RATTransformerConfig)
+    assert config.fp8_dot_product_attention and config.fp8_multi_head_attention
 
 
 def test_help_prints():
