@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,3 +73,8 @@ def split_fused_qkv(weight: torch.Tensor, num_heads: int, num_groups: int, head_
         raise ValueError(f"the fused projection has {weight.shape[0]} rows, expected {num_groups} groups of {sum(widths)}")
     groups = weight.unflatten(0, (num_groups, sum(widths)))
     return [part.flatten(0, 1) for part in groups.split(widths, dim=1)]
+
+
+def fuse_qkv(parts: Sequence[torch.Tensor], num_groups: int) -> torch.Tensor:
+    """The fused projection [out, h] of the weights that FUSED_QKV.hf names, in that order: the inverse of split_fused_qkv."""
+    return torch.cat([part.unflatten(0, (num_groups, -1)) for part in parts], dim=1).flatten(0, 1)

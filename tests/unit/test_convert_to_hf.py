@@ -1,145 +1,50 @@
-"""Megatron torch_dist checkpoints to Hugging Face folders: a tiny checkpoint is written with DCP as Megatron lays it out."""
+"""Megatron torch_dist checkpoints to Hugging Face folders."""
 
-import io
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
-from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
 from safetensors import safe_open
-from tokenizers import Tokenizer, models
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from rat_megatron.cli.convert import app
+from rat_megatron.convert import megatron_weights
 from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration, read_checkpoint_args
-from rat_megatron.convert.names import split_fused_qkv
+from rat_megatron.convert.checkpoint_writer import StoredTensor, write_torch_dist
+from rat_megatron.convert.names import FUSED_QKV, fuse_qkv, split_fused_qkv
 from rat_megatron.convert.to_hf import convert_to_hf
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusForCausalLM
-from tests import reference
+from tests.converting import (
+    FFN,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    HN,
+    VOCAB,
+    Evil,
+    expected_logits,
+    megatron_args,
+    megatron_tensors,
+    random_weights,
+    write_checkpoint,
+    write_tokenizer,
+)  # fmt: skip
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
-LAYERS, HIDDEN, HEADS, GROUPS, HN, FFN, VOCAB, PADDED = 2, 24, 4, 2, 6, 40, 50, 64
-PROJECTIONS = ("q", "output_gate", "k", "v", "forget_gate")
-
-
-def megatron_args(**changes):
-    settings = {
-        "num_layers": LAYERS,
-        "hidden_size": HIDDEN,
-        "num_attention_heads": HEADS,
-        "group_query_attention": True,
-        "num_query_groups": GROUPS,
-        "kv_channels": HN,
-        "ffn_hidden_size": FFN,
-        "vocab_size": VOCAB,
-        "padded_vocab_size": PADDED,
-        "layernorm_epsilon": 1e-6,
-        "rotary_base": 10000,
-        "seq_length": 32,
-        "max_position_embeddings": 32,
-        "untie_embeddings_and_output_weights": False,
-        "normalization": "RMSNorm",
-        "position_embedding_type": "rope",
-        "add_bias_linear": False,
-        "swiglu": False,
-        "num_experts": None,
-        "attention_backend": AttnBackend.auto,
-        "params_dtype": torch.float32,
-        "rat_recurrence": True,
-        "rat_pattern": "d4w2",
-        "rat_eod_id": 2,
-    }
-    return Namespace(**{**settings, **changes})
-
-
-def random_weights(untied=False, recurrence=True):
-    """Hugging Face weights by name; the embedding and output projection still have Megatron's padding rows."""
-    torch.manual_seed(0)
-    shapes = {"model.embed_tokens.weight": (PADDED, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    if untied:
-        shapes["lm_head.weight"] = (PADDED, HIDDEN)
-    widths = {"q": HEADS * HN, "output_gate": HEADS * HN, "k": GROUPS * HN, "v": GROUPS * HN, "forget_gate": GROUPS * HN}
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}."
-        shapes |= {layer + "input_layernorm.weight": (HIDDEN,), layer + "post_attention_layernorm.weight": (HIDDEN,)}
-        shapes |= {f"{layer}self_attn.{p}_proj.weight": (widths[p], HIDDEN) for p in PROJECTIONS[: 4 + recurrence]}
-        shapes |= {layer + "self_attn.o_proj.weight": (HIDDEN, HEADS * HN)}
-        shapes |= {layer + "mlp.up_proj.weight": (FFN, HIDDEN), layer + "mlp.down_proj.weight": (HIDDEN, FFN)}
-    return {name: torch.randn(shape) * 0.2 + ("norm" in name) for name, shape in shapes.items()}
-
-
-def megatron_tensors(weights, stacked=True, fused_norms=False):
-    """The same weights under Megatron's keys. Rows of the fused projection are gathered head by head, as the layout is defined."""
-
-    def fused(i):
-        rows, per_group = [], HEADS // GROUPS
-        for g in range(GROUPS):
-            for p in PROJECTIONS:
-                weight = weights.get(f"model.layers.{i}.self_attn.{p}_proj.weight")
-                if weight is not None:
-                    heads = range(g * per_group, (g + 1) * per_group) if p in ("q", "output_gate") else [g]
-                    rows += [weight[h * HN : (h + 1) * HN] for h in heads]
-        return torch.cat(rows)
-
-    norms = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-    norms = norms if fused_norms else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
-    layers = [
-        {
-            norms[0]: weights[f"model.layers.{i}.input_layernorm.weight"],
-            norms[1]: weights[f"model.layers.{i}.post_attention_layernorm.weight"],
-            "self_attention.linear_qkv.weight": fused(i),
-            "self_attention.linear_proj.weight": weights[f"model.layers.{i}.self_attn.o_proj.weight"],
-            "mlp.linear_fc1.weight": weights[f"model.layers.{i}.mlp.up_proj.weight"],
-            "mlp.linear_fc2.weight": weights[f"model.layers.{i}.mlp.down_proj.weight"],
-        }
-        for i in range(LAYERS)
-    ]
-    tensors = {
-        "embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
-        "decoder.final_layernorm.weight": weights["model.norm.weight"],
-        "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(HIDDEN),
-    }
-    if "lm_head.weight" in weights:
-        tensors["output_layer.weight"] = weights["lm_head.weight"]
-    if stacked:
-        return tensors | {f"decoder.layers.{name}": torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    return tensors | {f"decoder.layers.{i}.{name}": weight for i, layer in enumerate(layers) for name, weight in layer.items()}
-
-
-class _StoreBytesAsTheyAre(DefaultSavePlanner):
-    def transform_object(self, write_item, object):
-        return object
-
-
-def write_checkpoint(root, tensors, args, step=20, common=None):
-    """As Megatron 0.19 does: DCP with the arguments as an object in it, then metadata.json, then the tracker."""
-    folder = root / f"iter_{step:07d}"
-    stored = io.BytesIO()
-    torch.save([common or {"args": args, "iteration": step, "checkpoint_version": 3.0}], stored)
-    extra = {"common_state/shard_0_1": stored, "decoder.layers.mlp.linear_fc1._extra_state/shard_0_1": io.BytesIO(b"never read")}
-    planner = _StoreBytesAsTheyAre(flatten_state_dict=False)
-    save({**tensors, **extra}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
-    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-    (root / "latest_checkpointed_iteration.txt").write_text(str(step))
-    return root
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     return write_checkpoint(tmp_path / "run", megatron_tensors(random_weights()), megatron_args())
-
-
-def expected_logits(weights, tokens):
-    cut = {name: weight[:VOCAB] if name in ("model.embed_tokens.weight", "lm_head.weight") else weight for name, weight in weights.items()}
-    return reference.model(cut, tokens, HEADS, GROUPS, lambda layer, head, t, j: reference.sees(t, j, 4, 2))
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "by-layer"])
@@ -154,9 +59,10 @@ def test_converted_model_is_the_trained_one(tmp_path, stacked, fused_norms, unti
     tokens = torch.randint(VOCAB, (2, 17))
     with torch.no_grad():
         torch.testing.assert_close(model.double()(tokens).logits, expected_logits(weights, tokens), rtol=0, atol=1e-10)
-    assert report.parameters == model.num_parameters()
-    assert report.tensors == len(weights)
-    assert (report.iteration, report.pattern, report.dtype, report.shards) == ("iter_0000020", "d4w2", "float32", 1)
+    assert report.check.parameters == model.num_parameters()
+    assert report.check.tensors == len(weights)
+    assert report.check.difference < 1e-5 * report.check.largest_logit and report.check.rounding is None
+    assert (report.source, report.pattern, report.dtype, report.shards) == ("iter_0000020", "d4w2", "float32", 1)
 
 
 def test_split_fused_qkv_checks_its_rows():
@@ -164,8 +70,81 @@ def test_split_fused_qkv_checks_its_rows():
         split_fused_qkv(torch.zeros(84, HIDDEN), HEADS, GROUPS, HN, recurrence=False)
 
 
+@pytest.mark.parametrize("recurrence", [True, False])
+def test_fusing_is_the_inverse_of_splitting(recurrence):
+    rows = (2 * HEADS + (2 + recurrence) * GROUPS) * HN
+    weight = torch.randn(rows, HIDDEN)
+    parts = split_fused_qkv(weight, HEADS, GROUPS, HN, recurrence)
+    assert len(parts) == len(FUSED_QKV.hf) - (not recurrence)
+    assert torch.equal(fuse_qkv(parts, GROUPS), weight)
+
+
+def test_check_notices_rows_in_the_wrong_order(tmp_path, checkpoint, monkeypatch):
+    """The check does not use what the conversion uses: heads that go to the wrong place are found, and nothing is written."""
+
+    def wrong(*args, **kwargs):
+        q, gate, *others = split_fused_qkv(*args, **kwargs)
+        return [q.roll(HN, dims=0), gate, *others]
+
+    monkeypatch.setattr(megatron_weights, "split_fused_qkv", wrong)
+    with pytest.raises(UserError, match="other logits than .*iter_0000020"):
+        convert_to_hf(checkpoint, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_check_says_what_rounding_does(tmp_path, checkpoint):
+    report = convert_to_hf(checkpoint, tmp_path / "hf", dtype="bfloat16")
+    assert report.check.difference < 1e-5 * report.check.largest_logit
+    tokens = (torch.arange(32) * 7919 + 1)[None] % VOCAB
+    rounded = RatPlusForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    rounded.set_attention_pattern("dense")
+    weights = {name: weight[:VOCAB] if "embed" in name else weight for name, weight in random_weights().items()}
+    exact = RatPlusForCausalLM(rounded.config)
+    exact.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        difference = (rounded(tokens).logits - exact(tokens).logits).abs().max().item()
+    assert report.check.rounding == pytest.approx(difference, rel=1e-2)
+    assert f"differ by at most {report.check.difference:.2g}" in str(report) and f"{report.check.rounding:.2g} from those" in str(report)
+
+
+def test_memory_follows_the_shard_not_the_model(tmp_path):
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        pytest.skip("this system does not tell the peak of a process's memory")
+    layers, hidden, ffn, heads = 24, 256, 2048, 4  # 130 MB in fp32, 5 MB a layer
+    stacked = {
+        "self_attention.linear_qkv.layer_norm_weight": (hidden,),
+        "self_attention.linear_qkv.weight": (5 * hidden, hidden),
+        "self_attention.linear_proj.weight": (hidden, hidden),
+        "mlp.linear_fc1.layer_norm_weight": (hidden,),
+        "mlp.linear_fc1.weight": (ffn, hidden),
+        "mlp.linear_fc2.weight": (hidden, ffn),
+    }
+    tensors = {f"decoder.layers.{name}": StoredTensor(torch.Size(shape), torch.float32, layers) for name, shape in stacked.items()}
+    tensors["embedding.word_embeddings.weight"] = StoredTensor(torch.Size([512, hidden]), torch.float32)
+    tensors["decoder.final_layernorm.weight"] = StoredTensor(torch.Size([hidden]), torch.float32)
+    size = sum(tensor.shape.numel() * 4 * (tensor.layers or 1) for tensor in tensors.values())
+    args = megatron_args(
+        num_layers=layers, hidden_size=hidden, num_attention_heads=heads, kv_channels=hidden // heads, ffn_hidden_size=ffn,
+        group_query_attention=False, vocab_size=512, padded_vocab_size=512,
+    )  # fmt: skip
+    folder = tmp_path / "run" / "release"
+    write_torch_dist(folder, tensors, lambda key, layer: torch.randn(tensors[key].shape) / 16, {"args": args}, [])
+    read_checkpoint_args(folder)  # imports what it needs
+    gc.collect()
+
+    def memory(line):
+        return next(int(text.split()[1]) * 1024 for text in status.read_text().splitlines() if text.startswith(line))
+
+    reset.write_text("5")  # the peak starts anew
+    before = memory("VmRSS")
+    report = convert_to_hf(folder, tmp_path / "hf", max_shard_size="10MB")
+    assert report.shards > 10
+    assert memory("VmHWM") - before < size / 2
+
+
 def test_shards_dtype_pattern_and_files(tmp_path, checkpoint):
-    report = convert_to_hf(checkpoint, tmp_path / "hf", pattern="[dense,d4]", dtype="bfloat16", max_shard_size=8000)
+    report = convert_to_hf(checkpoint, tmp_path / "hf", pattern="[dense,d4]", dtype="bfloat16", max_shard_size="8KB")
     folder = tmp_path / "hf"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert report.shards == len(set(index["weight_map"].values())) > 2
@@ -207,13 +186,6 @@ def test_only_the_asked_layer_is_read(checkpoint):
     assert layer.untyped_storage().nbytes() == FFN * HIDDEN * 4
     assert torch.equal(layer, weights["model.layers.1.mlp.up_proj.weight"])
     assert torch.equal(source.read("embedding.word_embeddings.weight"), weights["model.embed_tokens.weight"])
-
-
-def write_tokenizer(folder):
-    words = {"<s>": 1, "</s>": 3, "<unk>": 0, **{f"w{i}": i for i in range(4, VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("given", ["by flag", "by the training data"])
@@ -269,23 +241,15 @@ def test_arguments_of_older_checkpoints(checkpoint):
     assert read_checkpoint_args(checkpoint).num_layers == 7
 
 
-class _Evil:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 @pytest.mark.parametrize("place", [".metadata", "common_state", "common.pt"])
 def test_no_code_of_a_checkpoint_is_run(tmp_path, checkpoint, place):
     target, folder = tmp_path / "was-run", checkpoint / "iter_0000020"
     if place == ".metadata":
-        (folder / ".metadata").write_bytes(pickle.dumps(_Evil(target)))
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil(target)))
     elif place == "common.pt":
-        torch.save({"args": _Evil(target)}, folder / "common.pt")
+        torch.save({"args": Evil(target)}, folder / "common.pt")
     else:
-        write_checkpoint(tmp_path / "run", megatron_tensors(random_weights()), None, common={"args": _Evil(target)})
+        write_checkpoint(tmp_path / "run", megatron_tensors(random_weights()), None, common={"args": Evil(target)})
     with pytest.raises(UserError, match=r"posix\.mkdir, which is not on the list"):
         convert_to_hf(checkpoint, tmp_path / "hf")
     assert not target.exists()
@@ -331,6 +295,8 @@ def test_wrong_folders_are_explained(tmp_path, checkpoint):
     complains("is not a folder", tmp_path / "nowhere")
     complains("holds no checkpoint", tmp_path)
     complains("float16 is not one of", dtype="float16")
+    complains("--max-shard-size 5XB is no size", max_shard_size="5XB")
+    complains("--max-shard-size 0GB is no size", max_shard_size="0GB")
     complains("2 heads, but a layer has 4", pattern="{dense,d4}")
     complains("--tokenizer .* is not a folder", tokenizer=tmp_path / "nowhere")
     complains("no tokenizer that Transformers can load", tokenizer=checkpoint)
@@ -356,5 +322,61 @@ def test_command_line(tmp_path, checkpoint):
     assert run.exit_code == 0, run.output
     assert "bfloat16" in run.output
     assert "pattern d4," in run.output
-    assert "logits of a fixed prompt are finite" in run.output
+    assert "check: 22 tensors, 10,344 parameters; logits of a fixed prompt" in run.output
     assert "Example: rat-megatron convert to-hf" in CliRunner().invoke(app, ["to-hf", "--help"]).output
+
+
+def test_model_card_says_what_is_known(tmp_path, checkpoint):
+    recipe = {
+        "global_batch_size": 16, "train_iters": 40, "consumed_train_samples": 320, "lr": 8e-4, "min_lr": 1e-6, "lr_decay_style": "cosine",
+        "lr_warmup_fraction": 0.05, "optimizer": "adam", "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.1, "clip_grad": 1.0,
+        "rat_arl_pattern": "d8", "pretrained_checkpoint": None,
+    }  # fmt: skip
+    write_checkpoint(checkpoint, megatron_tensors(random_weights()), megatron_args(**recipe), step=20)
+    report = {"iteration": 20, "pattern": "d4w2", "patterns": {"dense": 3.25, "d4w2": 3.5}}
+    (checkpoint / "report.json").write_text(json.dumps(report))
+    convert_to_hf(checkpoint, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- rat-plus\n")
+    for line in (
+        'model.set_attention_pattern("d4w2")',
+        "| Tokens | 10,240 |",
+        "| Batch | 16 sequences of 32 tokens |",
+        "| Steps | 40 planned, 20 done |",
+        "| Learning rate | 0.0008 at its peak, cosine to 1e-06, warm-up 0.05 of the steps |",
+        "| Optimizer | AdamW, betas 0.9 and 0.95, weight decay 0.1, gradient clipping 1 |",
+        "| Trained with | pattern `d4w2`, and each batch first under `d8` (active recurrence learning) |",
+        "| Start | pretrained from scratch |",
+        "| `dense` | 3.2500 |",
+        "| `d4w2` | 3.5000 |",
+    ):
+        assert line in card.splitlines(), line
+
+    (checkpoint / "report.json").write_text(json.dumps(report | {"iteration": 40}))  # losses of other weights
+    adapted = megatron_args(**recipe | {"rat_arl_pattern": "none", "pretrained_checkpoint": "/runs/private/pretrained"})
+    write_checkpoint(checkpoint, megatron_tensors(random_weights()), adapted, step=20)
+    convert_to_hf(checkpoint, tmp_path / "hf2")
+    card = (tmp_path / "hf2" / "README.md").read_text()
+    assert "| Start | adapted from pretrained weights |" in card and "| Trained with | pattern `d4w2` |" in card
+    assert "Validation loss" not in card and "private" not in card
+
+
+def test_card_of_a_checkpoint_that_says_nothing(tmp_path, checkpoint):
+    convert_to_hf(checkpoint, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Recipe" not in card and "Validation loss" not in card and "None" not in card
+
+
+@pytest.mark.parametrize("known", ["by the arguments", "by the data", "not"])
+def test_config_notes_the_tokenizer_of_the_data(tmp_path, known):
+    facts = {"tokenizer_name": "some/tokenizer", "tokenizer_hash": "0123456789abcdef"}
+    tokenizer = write_tokenizer(tmp_path / "data" / "tokenizer")
+    args = megatron_args(rat_tokenizer_path=str(tokenizer))
+    if known == "by the data":
+        (tmp_path / "data" / "rat_meta.json").write_text(json.dumps(facts))
+    if known == "by the arguments":
+        vars(args).update({f"rat_{name}": value for name, value in facts.items()})
+    convert_to_hf(write_checkpoint(tmp_path / "run", megatron_tensors(random_weights()), args), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {name: config.get(name) for name in facts} == (dict.fromkeys(facts) if known == "not" else facts)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.to_dict().get("tokenizer_hash") == config.get("tokenizer_hash")

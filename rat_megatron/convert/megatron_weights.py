@@ -1,0 +1,78 @@
+"""The weights of a RAT+ model in a torch_dist checkpoint, one at a time: under their Hugging Face names, and as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rat_megatron.convert.checkpoint import TorchDistCheckpoint
+from rat_megatron.convert.hf_folder import EMBEDDING, HEAD, expected_shapes
+from rat_megatron.convert.names import FUSED_QKV, TABLE, Row, split_fused_qkv
+from rat_megatron.errors import UserError
+from rat_megatron.hf import RatPlusConfig
+
+_ROLES = ("embedding", "input_norm", "projections", "output", "post_norm", "up", "down", "final_norm", "head")  # as TABLE lists them
+
+
+class MegatronWeights:
+    """Where each weight of the config's model is in a checkpoint; raises UserError unless it holds these weights and no others."""
+
+    def __init__(self, source: TorchDistCheckpoint, config: RatPlusConfig):
+        self._source, self._config = source, config
+        self.shapes = expected_shapes(config)
+        keys = {key for key in source.tensors if key.startswith(("embedding.", "decoder.", "output_layer.")) and "_extra_state" not in key}
+        self._places: dict[tuple[Row, int], tuple[str, int | None]] = {}
+        for layer in range(config.num_hidden_layers):
+            for row in TABLE:
+                first = row.hf[0].format(layer=layer)
+                if (layer > 0 and not row.per_layer) or first not in self.shapes:
+                    continue
+                place = row.find(keys, layer)
+                if place is None:
+                    raise UserError(f"{source.folder} has no tensor for {first}: looked for {' and '.join(row.megatron)}")
+                key, index = place
+                stacked = source.tensors[key].size[0]
+                if index is not None and stacked != config.num_hidden_layers:
+                    raise UserError(f"{source.folder} stacks {stacked} layers in {key}, but its arguments say {config.num_hidden_layers}")
+                self._places[row, layer] = place
+        if unknown := sorted(keys - {key for key, _ in self._places.values()}):
+            raise UserError(f"{source.folder} holds {unknown[0]}, which a RAT+ model with these arguments does not have")
+        self.dtypes = {source.tensors[key].properties.dtype for key, _ in self._places.values()}
+
+    def hf_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """Every Hugging Face weight by name, read as it is asked for; raises UserError when its shape is not the config's."""
+        for (row, layer), place in self._places.items():
+            names = [name.format(layer=layer) for name in row.hf]
+            for name, weight in zip(names, self._parts(row, place), strict=False):
+                if name in (EMBEDDING, HEAD):
+                    weight = weight[: self._config.vocab_size]  # Megatron pads the vocabulary
+                if weight.shape != self.shapes[name]:
+                    shapes = f"{tuple(weight.shape)} for {name}, but its arguments say {tuple(self.shapes[name])}"
+                    raise UserError(f"{self._source.folder} has {shapes}")
+                yield name, weight.to(dtype or weight.dtype).contiguous()
+
+    def _parts(self, row: Row, place: tuple[str, int | None]) -> list[Tensor]:
+        weight, config = self._source.read(*place), self._config
+        if row is not FUSED_QKV:
+            return [weight]
+        sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        try:
+            return split_fused_qkv(weight, *sizes, recurrence=config.use_recurrence)
+        except ValueError as error:
+            raise UserError(f"{self._source.folder}: {place[0]} does not fit the checkpoint's arguments, {error}") from error
+
+    def read(self, role: str, layer: int = 0) -> Tensor:
+        """As PlainWeights.read: the tensor as Megatron stores it, padding rows of the vocabulary included."""
+        if role == "head" and self._config.tie_word_embeddings:
+            role = "embedding"
+        return self._source.read(*self._places[TABLE[_ROLES.index(role)], layer])
+
+    def cut(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """As PlainWeights.cut, by heads of the layout: a query group's heads are those of q, of the output gate, then k, v, forget gate."""
+        groups, per_group = self._config.num_key_value_heads, self._config.num_attention_heads // self._config.num_key_value_heads
+        heads = projected.unflatten(-1, (groups, -1, self._config.head_dim))  # [t, ng, 2 * np/ng + 2 or 3, hn]
+        q, o = heads[:, :, :per_group].flatten(1, 2), heads[:, :, per_group : 2 * per_group].flatten(1, 2)
+        k, v = heads[:, :, 2 * per_group], heads[:, :, 2 * per_group + 1]
+        return q, o, k, v, heads[:, :, 2 * per_group + 2] if self._config.use_recurrence else None
