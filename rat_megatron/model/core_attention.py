@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
+from megatron.core.enums import Fp8Recipe
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -76,6 +79,23 @@ class RATCoreAttention(MegatronModule):
         else:
             output = dilated_attention(query, key, value, pattern, self.softmax_scale)
         return output.flatten(2)  # [sq, b, np, hn] -> [sq, b, np * hn]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """With the scales of FP8 attention under delayed scaling, which Megatron leaves out: a resumed run would begin with none."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.dense is None or self.config.fp8_recipe != Fp8Recipe.delayed:
+            return state
+        own: dict[str, Any] = {}
+        self.dense._save_to_state_dict(own, "", keep_vars=True)
+        return state | make_sharded_tensors_for_checkpoint(
+            {name: value for name, value in own.items() if name == "_extra_state"},
+            f"{prefix}dense.",
+            sharded_offsets=sharded_offsets,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
 
 def set_attention_pattern(model_chunks: Iterable[MegatronModule], pattern: AttentionPattern) -> None:

@@ -233,3 +233,39 @@ def test_megatrons_own_spec_flag_takes_the_block_spec(monkeypatch):
     tokens = torch.randint(64, (1, 64))
     model(tokens, torch.arange(64)[None], None, labels=tokens).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class _AttentionInFP8(torch.nn.Module):
+    """What of Transformer Engine's attention a checkpoint is about: a state beside the parameters, which Megatron leaves out."""
+
+    def __init__(self, **_):
+        super().__init__()
+        self.scales = torch.rand(3)
+
+    def get_extra_state(self):
+        return self.scales
+
+    def set_extra_state(self, state):
+        self.scales = state
+
+    def sharded_state_dict(self, **_):
+        return {}
+
+
+@pytest.mark.parametrize("recipe, is_kept", [("delayed", True), ("tensorwise", False)])
+def test_the_scales_of_fp8_attention_are_in_a_checkpoint(recipe, is_kept, tmp_path):
+    from megatron.core import dist_checkpointing
+
+    from rat_megatron.model.core_attention import RATCoreAttention
+
+    def attention_layers():
+        model = build(fp8_recipe=recipe)
+        for module in model.modules():
+            if isinstance(module, RATCoreAttention):
+                module.dense = _AttentionInFP8()
+        return model, [layer.self_attention.core_attention.dense for layer in model.decoder.layers]
+
+    (saved, there), (loaded, here) = attention_layers(), attention_layers()
+    dist_checkpointing.save(saved.sharded_state_dict(), str(tmp_path))
+    loaded.load_state_dict(dist_checkpointing.load(loaded.sharded_state_dict(), str(tmp_path)), strict=is_kept)
+    assert [torch.equal(before.scales, after.scales) for before, after in zip(there, here, strict=True)] == [is_kept] * LAYERS
