@@ -90,9 +90,9 @@ def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None) -
     config.save_pretrained(folder)
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     GenerationConfig(**ids).save_pretrained(folder)
-    for file in (Path(__file__).parents[1] / "hf").glob("*.py"):
-        if file.name != "__init__.py":
-            shutil.copyfile(file, folder / file.name)
+    code = Path(__file__).parents[1] / "hf"
+    for file in [*code.glob("*_ratplus.py"), code / "pattern.py"]:
+        shutil.copyfile(file, folder / file.name)
 
 
 def check_tokenizer(tokenizer: Path | None) -> None:
