@@ -7,7 +7,8 @@
 # ANSWERS.jsonl has a "prompt" and an "answer" a line. An answer that follows a word begins with its space. What comes after RUN goes to
 # pretrain_rat.py and wins. Settings: SEQ_LENGTH, EPOCHS, VAL_FRACTION, and LAUNCH, such as "torchrun --nproc-per-node 8".
 set -euo pipefail
-answers=$1 tokenizer=$2 run=$3
+usage="give ANSWERS.jsonl, a tokenizer, a folder for the run, and flags of pretrain_rat.py"
+answers=${1:?$usage} tokenizer=${2:?$usage} run=${3:?$usage}
 shift 3
 batch=32
 
