@@ -56,7 +56,7 @@ class Size:
     dtype: torch.dtype = torch.bfloat16
 
 
-TINY = Size(heads=2, hn=16, length=256, long=512, batch=2, prefill_batch=2, decode_batch=3, repetitions=2)
+TINY = Size(heads=2, hn=16, length=128, long=256, batch=2, prefill_batch=2, decode_batch=3, repetitions=2)
 if DEVICE == "cpu":
     TINY = replace(TINY, dtype=torch.float32)
 

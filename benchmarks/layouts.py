@@ -201,7 +201,7 @@ def _alone(folder: Path, long: bool, args: argparse.Namespace) -> list[Run]:
 
 def _flags(folder: Path, long: bool, fp8: bool, tiny: bool) -> list[str]:
     words = [*_model(tiny), *_of_length(long, tiny), *(RECOMPUTE if long else [])]
-    words += common_flags(folder / f"data{long:d}", _LONG_ITERATIONS if long else _ITERATIONS, tiny)
+    words += common_flags(folder / f"data{long:d}", _iterations(long, tiny), tiny)
     words += ["--pretrained-checkpoint", str(folder / "start"), "--rat-arl-pattern", "d64"]
     return words + (FP8 if fp8 and torch.cuda.is_available() else [])
 
@@ -216,6 +216,10 @@ def _of_length(long: bool, tiny: bool) -> list[str]:
 
 def _length(long: bool, tiny: bool) -> int:
     return (512 if tiny else 65536) if long else (256 if tiny else 4096)
+
+
+def _iterations(long: bool, tiny: bool) -> int:
+    return _WARM_UP + 2 if tiny else (_LONG_ITERATIONS if long else _ITERATIONS)
 
 
 def _batch(long: bool) -> int:

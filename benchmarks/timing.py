@@ -143,8 +143,9 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def free_memory() -> None:
-    gc.collect()
+    """Gives what is not used any more back to the device."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
