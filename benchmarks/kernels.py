@@ -193,6 +193,7 @@ def scan_long(size: Size, plain: bool) -> dict[str, Any]:
 # ---- scan, RoPE and attention --------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def prefill(size: Size, plain: bool, word: str, goal: float, long: bool) -> dict[str, Any]:
     length, batch = (size.long, 1) if long else (size.length, size.prefill_batch)
     head, scale = HeadPattern.parse(word), 1 / math.sqrt(size.hn)
@@ -221,9 +222,8 @@ def prefill(size: Size, plain: bool, word: str, goal: float, long: bool) -> dict
         plain_inputs = _heads_first(f, q, k, v)
         runs[PLAIN] = lambda: operator(*plain_inputs, cos, sin, mask)
         more["difference"] = difference(ours().permute(1, 2, 0, 3), runs[PLAIN]())
-    with torch.no_grad():
-        slow = size.repetitions // 4 if long else size.repetitions // 2
-        row = _row(runs, replace(size, repetitions=max(2, slow)), goal, **more)
+    slow = size.repetitions // 4 if long else size.repetitions // 2
+    row = _row(runs, replace(size, repetitions=max(2, slow)), goal, **more)
     return row | {"over_dense": row["times"][DENSE]["median"] / row["times"][OURS]["median"]}
 
 

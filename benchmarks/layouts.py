@@ -282,8 +282,14 @@ def _join() -> None:
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     _join.times = getattr(_join, "times", 0) + 1
     store = dist.PrefixStore(f"layouts{_join.times}", store)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=timedelta(minutes=8))
+    _begin(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def _begin(store: dist.Store, rank: int, size: int) -> None:
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=8))
+    # From the first collective on, the group's barriers use its device: without one, that of the rank's number, which another may hold.
+    dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device() if on_gpu else "cpu"))
 
 
 @contextmanager
@@ -292,17 +298,13 @@ def _single_rank() -> Iterator[None]:
     outside = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     leave_groups()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    _begin(dist.HashStore(), 0, 1)
     try:
         yield
     finally:
         leave_groups()
         os.environ.update(outside)
         _join()
-
-
-def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _from_first(value: Any) -> Any:

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,15 +92,26 @@ def _observe(training, result: Run, on_iteration: Callable[[int], None]) -> None
 
 @contextmanager
 def _printing_to(log: str | None) -> Iterator[None]:
+    """Turns the process's own outputs to a file: libraries and workers hold on to the streams that they found."""
     if log is None:
         yield
         return
-    with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        try:
-            yield
-        except BaseException:
-            traceback.print_exc()
-            raise
+    sys.stdout.flush()
+    outside = os.dup(1), os.dup(2)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, source in zip((1, 2), outside, strict=True):
+            os.dup2(source, target)
+            os.close(source)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, Any] = {"machine": machine(), "tiny": args.tiny, "flags": args.flags, "runs": {}}
     print(describe(results["machine"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        data = random_data(Path(folder), samples=64, seq_length=256 if args.tiny else 4096, vocab_size=512 if args.tiny else 32000)
+        data = random_data(Path(folder), samples=128, seq_length=256 if args.tiny else 4096, vocab_size=512 if args.tiny else 32000)
         for name in args.only:
             try:
                 results["runs"][name] = _measure(name, data, args)
