@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,8 @@ class TaskSuite:
         self.names = expand(names)
         fitting = [length for length in RULER_LENGTHS if length <= loaded.config.max_position_embeddings]
         loaded.need_tokenizer()
-        manager = _manager(self.names, {"tokenizer": str(loaded.folder), "max_seq_lengths": fitting[-1:]})
-        self._tasks = [_load(manager, name, task_data) for name in self.names]
+        self._manager = _manager(self.names, {"tokenizer": str(loaded.folder), "max_seq_lengths": fitting[-1:]})
+        self._tasks = [_load(self._manager, name, task_data) for name in self.names]
         from rat_megatron.evaluation.harness_model import HarnessModel
 
         self._model = HarnessModel(loaded, batch_size=batch_size, cut_in_middle=set(LONGBENCH))
@@ -71,9 +73,12 @@ class TaskSuite:
         all), under the model's current attention pattern."""
         from lm_eval import simple_evaluate
 
-        # The standard error of a perplexity comes from resampling; a thousand draws are plenty.
-        with _quiet("lm_eval"):
-            results = simple_evaluate(self._model, tasks=list(self._tasks), limit=limit, bootstrap_iters=1000, log_samples=False)
+        # The standard error of a perplexity comes from resampling. A thousand draws are plenty, and need no processes, which the harness
+        # would fork off one that has threads and perhaps a GPU.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
+        options = {"task_manager": self._manager, "bootstrap_iters": 1000, "log_samples": False}
+        with _quiet("lm_eval"), redirect_stdout(sys.stderr):  # where its progress goes as well
+            results = simple_evaluate(self._model, tasks=list(self._tasks), limit=limit, **options)
         return {name: _metrics(results["results"][name]) for name in self.names}
 
 
