@@ -21,7 +21,7 @@ from rat_megatron.hf import RatPlusConfig, RatPlusModel
 
 _PROMPT_LENGTH = 32
 _TOLERANCE = 1e-3  # of the largest logit: far more than two ways of summing in fp32 differ, far less than a wrong weight does
-_HEAD_ROWS = 4096  # of the output projection, at a time
+_ROWS = 4096  # of a large matrix that are in memory in fp32 at a time
 
 
 class PlainWeights(Protocol):
@@ -84,8 +84,12 @@ def plain_logits(weights: PlainWeights, config: RatPlusConfig, tokens: Tensor, d
     """Logits [t, vocab] of tokens [t] under dense attention, in fp32, once for each dtype that the weights are rounded to (None: not)."""
 
     def linear(xs: list[Tensor], role: str, layer: int = 0) -> list[Tensor]:
-        weight = weights.read(role, layer)
-        return [x @ weight.to(dtype or weight.dtype).float().T for x, dtype in zip(xs, dtypes, strict=True)]
+        parts = weights.read(role, layer).split(_ROWS)
+
+        def product(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+            return torch.cat([x @ part.to(dtype or part.dtype).float().T for part in parts], dim=-1)
+
+        return [product(x, dtype) for x, dtype in zip(xs, dtypes, strict=True)]
 
     def norm(xs: list[Tensor], role: str, layer: int = 0) -> list[Tensor]:
         weight = weights.read(role, layer)
@@ -138,13 +142,15 @@ def _hf_logits(folder: HfFolder, tokens: Tensor) -> Tensor:
     with torch.device("meta"):  # no memory: the weights are put in from the files
         model = RatPlusModel(config).eval()
     final_norm, model.norm = model.norm, nn.Identity()
+    names = list(model.layers[0].state_dict())
     x = folder.read(EMBEDDING, tokens).float()[None]
     for layer in range(folder.config.num_hidden_layers):
-        names = {name: f"model.layers.{layer}.{name}" for name in model.layers[0].state_dict()}
-        model.layers[0].load_state_dict({name: folder.read(stored).float() for name, stored in names.items()}, assign=True)
+        for name in names:  # one by one: each takes the place of the last layer's
+            weight = folder.read(f"model.layers.{layer}.{name}").float()
+            model.layers[0].load_state_dict({name: weight}, strict=False, assign=True)
         x = model(inputs_embeds=x, use_cache=False).last_hidden_state
     final_norm.load_state_dict({"weight": folder.read("model.norm.weight").float()}, assign=True)
     x = final_norm(x[0])
     head = EMBEDDING if folder.config.tie_word_embeddings else HEAD
-    starts = range(0, folder.config.vocab_size, _HEAD_ROWS)
-    return torch.cat([x @ folder.read(head, slice(start, start + _HEAD_ROWS)).float().T for start in starts], dim=1)
+    starts = range(0, folder.config.vocab_size, _ROWS)
+    return torch.cat([x @ folder.read(head, slice(start, start + _ROWS)).float().T for start in starts], dim=1)
