@@ -57,7 +57,7 @@ def cut_middle(ids: list[int], length: int) -> list[int]:
 
 
 def _ending_tokenizer(loaded: LoadedModel) -> Any:
-    """A copy of the tokenizer that has the end-of-text token which the harness needs, and pads with a token that the model knows."""
+    """A copy of the tokenizer that has the end-of-text token which the harness needs, also to pad with when there is no other."""
     tokenizer = deepcopy(loaded.need_tokenizer())
     if tokenizer.eos_token_id is None:
         if loaded.config.eos_token_id is None:
@@ -65,6 +65,4 @@ def _ending_tokenizer(loaded: LoadedModel) -> Any:
                 f"neither the tokenizer in {loaded.folder} nor its config.json names an end-of-text token: set eos_token_id there."
             )
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(loaded.config.eos_token_id)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

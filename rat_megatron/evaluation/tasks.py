@@ -106,10 +106,11 @@ def _manager(names: list[str], metadata: dict[str, Any]) -> Any:
         from lm_eval import tasks
     except ImportError as error:
         raise UserError(f"--task needs lm-evaluation-harness ({error}): install rat-megatron[eval].") from error
-    own = set().union(*GROUPS.values())
+    if not set().union(*GROUPS.values()).issuperset(names):
+        return tasks.TaskManager(metadata=metadata)
+    # To index the thousands of other tasks takes a quarter of a minute.
     folders = [Path(tasks.__file__).parent / name for name in _FOLDERS]
-    # To index the thousands of others takes a quarter of a minute.
-    return tasks.TaskManager(include_defaults=not own.issuperset(names), include_path=folders, metadata=metadata)
+    return tasks.TaskManager(include_defaults=False, include_path=folders, metadata=metadata)
 
 
 def _load(manager: Any, name: str, task_data: Path | None) -> Any:
