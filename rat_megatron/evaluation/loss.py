@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rat_megatron.data.settings import tokenizer_hash
 from rat_megatron.errors import UserError
-from rat_megatron.evaluation.model import LoadedModel, tokenizer_hash
+from rat_megatron.evaluation.model import LoadedModel
 
 _CHUNK = 2048  # tokens whose logits are held at once: with a vocabulary of 128k they take 1 GiB in fp32
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rat_megatron.data.settings import tokenizer_hash
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
 
@@ -136,13 +137,6 @@ def _load_tokenizer(folder: Path, config: RatPlusConfig) -> Any | None:
             f"the tokenizer in {folder} is not the one that the model was trained with: copy the tokenizer of the training data there."
         )
     return tokenizer
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """What rat_meta.json calls tokenizer_hash."""
-    from rat_megatron.data.settings import _tokenizer_hash
-
-    return _tokenizer_hash(tokenizer)
 
 
 def _first_line(error: Exception) -> str:

@@ -59,14 +59,14 @@ class TaskSuite:
     def __init__(self, names: list[str], loaded: LoadedModel, *, task_data: Path | None = None, batch_size: int = 1):
         if task_data is not None and not task_data.is_dir():
             raise UserError(f"--task-data {task_data} is not a folder: give one that holds TASK.jsonl or the like.")
+        model_class = _need_harness()
         self.names = expand(names)
         fitting = [length for length in RULER_LENGTHS if length <= loaded.config.max_position_embeddings]
         loaded.need_tokenizer()
         self._manager = _manager(self.names, {"tokenizer": str(loaded.folder), "max_seq_lengths": fitting[-1:]})
         self._tasks = [_load(self._manager, name, task_data) for name in self.names]
-        from rat_megatron.evaluation.harness_model import HarnessModel
-
-        self._model = HarnessModel(loaded, batch_size=batch_size, cut_in_middle=set(LONGBENCH))
+        with _quiet("lm_eval"):
+            self._model = model_class(loaded, batch_size=batch_size, cut_in_middle=set(LONGBENCH))
 
     def run(self, limit: int | None = None) -> dict[str, dict[str, float]]:
         """For each task its metrics and their standard errors (``acc``, ``acc_stderr``, ...) on the first ``limit`` documents (default:
@@ -77,7 +77,7 @@ class TaskSuite:
         # would fork off one that has threads and perhaps a GPU.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         options = {"task_manager": self._manager, "bootstrap_iters": 1000, "log_samples": False}
-        with _quiet("lm_eval"), redirect_stdout(sys.stderr):  # where its progress goes as well
+        with _quiet("lm_eval"):
             results = simple_evaluate(self._model, tasks=list(self._tasks), limit=limit, **options)
         return {name: _metrics(results["results"][name]) for name in self.names}
 
@@ -101,11 +101,18 @@ def averages(results: dict[str, dict[str, float]]) -> dict[str, float]:
 # ---- the harness's tasks -------------------------------------------------------------------------------------------------------------
 
 
-def _manager(names: list[str], metadata: dict[str, Any]) -> Any:
+def _need_harness() -> type:
+    """The model class for the harness; raises UserError without the harness and what it imports."""
     try:
-        from lm_eval import tasks
+        from rat_megatron.evaluation.harness_model import HarnessModel
     except ImportError as error:
-        raise UserError(f"--task needs lm-evaluation-harness ({error}): install rat-megatron[eval].") from error
+        raise UserError(f"--task needs lm-evaluation-harness ({_one_line(error)}): install rat-megatron[eval].") from error
+    return HarnessModel
+
+
+def _manager(names: list[str], metadata: dict[str, Any]) -> Any:
+    from lm_eval import tasks
+
     if not set().union(*GROUPS.values()).issuperset(names):
         return tasks.TaskManager(metadata=metadata)
     # To index the thousands of other tasks takes a quarter of a minute.
@@ -204,12 +211,14 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _quiet(*loggers: str) -> Iterator[None]:
-    """Silences warnings that say again and again what a single sentence says in the end."""
+    """Silences warnings that say again and again what a single sentence says in the end;
+    what is printed goes to stderr, as progress does."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

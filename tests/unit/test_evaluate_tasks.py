@@ -3,18 +3,23 @@
 import json
 import math
 import re
+import sys
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from tokenizers.processors import TemplateProcessing
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from rat_megatron.errors import UserError
-from rat_megatron.evaluation.harness_model import cut_middle
+from rat_megatron.evaluation.harness_model import HarnessModel, cut_middle
 from rat_megatron.evaluation.model import load_model
 from rat_megatron.evaluation.tasks import COMMONSENSE, LONGBENCH, TaskSuite, _metrics, averages, expand, headline
 from tests.evaluating import save_tiny_model
+from tests.preparing import EOD
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 
@@ -132,6 +137,21 @@ def test_commonsense(loaded, task_data):
     assert perplexities[0] == perplexities[2] != perplexities[1]
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_no_token_is_put_before_a_prompt(loaded, cut):
+    """Although the tokenizer would."""
+    tokenizer = deepcopy(loaded.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|eod|> $A", special_tokens=[("<|eod|>", EOD)])
+    assert len(tokenizer("abc")["input_ids"]) == 4
+    model = HarnessModel(replace(loaded, tokenizer=tokenizer), batch_size=2, cut_in_middle=set())
+    model._cutting = cut
+    assert len(model.tok_encode("abc")) == 3
+    ids, mask = model.tok_batch_encode(["abc", "abcdefgh"], left_truncate_len=7)
+    expected = ["abc", "abcfgh"] if cut else ["abc", "bcdefgh"]
+    texts = [tokenizer.decode(row[keep == 1]).replace(" ", "") for row, keep in zip(ids, mask, strict=True)]  # it has no decoder
+    assert texts == expected
+
+
 # ---- LongBench -----------------------------------------------------------------------------------------------------------------------
 
 QASPER = (
@@ -232,6 +252,11 @@ def test_without_network_and_data(loaded, tmp_path, monkeypatch):
     says = sentence(["arc_challenge"], loaded, task_data=tmp_path)
     assert re.search(r"load_dataset\('allenai/ai2_arc', 'ARC-Challenge'\)\.save_to_disk\('FOLDER/arc_challenge'\)", says)
     assert "--task-data FOLDER" in says
+
+
+def test_without_the_harness(loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rat_megatron.evaluation.harness_model", None)
+    assert sentence(["piqa"], loaded).endswith("install rat-megatron[eval].")
 
 
 def test_bad_tasks_and_data(loaded, tmp_path):
