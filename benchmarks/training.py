@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[str, list[str], float | None]] = {
     "gpt-fp8 again": ("1.5b", [*_GPT, *FP8], None),
     "dense-fp8 again": ("1.5b", [*_WITHOUT_ARL, *FP8], None),
 }
-_RATIO_GOAL = 1.06  # of a dense step's time to GPT's
+RATIO_GOAL = 1.06  # of a dense step's time to GPT's
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(args.json, results)
     results["ratios"] = _ratios(results["runs"])
     for name, ratio in results["ratios"].items():
-        print(f"dense step over GPT's, {name}: {ratio:.3f}, goal <= {_RATIO_GOAL}, {'met' if ratio <= _RATIO_GOAL else 'MISS'}")
+        print(f"dense step over GPT's, {name}: {ratio:.3f}, goal <= {RATIO_GOAL}, {'met' if ratio <= RATIO_GOAL else 'MISS'}")
     write_json(args.json, results)
 
 

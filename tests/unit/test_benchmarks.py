@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import __main__ as table
 from benchmarks import kernels, serving
 from tests.helpers import REPOSITORY, pretrain_environment
 
@@ -54,6 +56,8 @@ def runs(tmp_path_factory) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]
 
 def result(runs, name: str) -> tuple[dict, str]:
     process, path = runs[name]
+    if process.stdout.closed:
+        return json.loads(path.read_text()), ""
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     return json.loads(path.read_text()), printed
@@ -118,6 +122,17 @@ def test_training(runs):
         assert run["profile"]["launches"] > 100 and 0 <= run["profile"]["idle"] < 1 and f"profile of {name}" in printed
     assert results["runs"]["dense"]["parameters"] > results["runs"]["gpt"]["parameters"]  # the forget gate's
     assert results["ratios"]["bf16"] > 0 and "dense step over GPT's" in printed
+
+
+def test_the_table_joins_what_was_measured(runs, tmp_path, capsys):
+    kernels.main(["--tiny", "--ours-only", "--only", "decode-d64", "--json", str(tmp_path / "kernels.json")])
+    capsys.readouterr()
+    result(runs, "training")
+    table.main(["--read", str(tmp_path / "kernels.json"), str(runs["training"][1]), "--json", str(tmp_path / "table.json")])
+    printed = capsys.readouterr().out
+    assert "| decode step, batch 256 at 4096, D=64 |" in printed and "over Megatron's GPT, bf16" in printed
+    assert f"torch {version('torch')}" in printed
+    assert set(json.loads((tmp_path / "table.json").read_text())) == {"machines", "rows", "runs", "ratios"}
 
 
 def test_layouts(runs):
