@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from rat_megatron.convert.hf_folder import INDEX, SINGLE
+from rat_megatron.data.settings import tokenizer_hash
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig
 
@@ -82,6 +83,10 @@ def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None) -
             loaded = AutoTokenizer.from_pretrained(tokenizer)
         except Exception as error:
             raise UserError(f"{tokenizer} holds no tokenizer that Transformers can load: {str(error).splitlines()[0]}") from error
+        if getattr(config, "tokenizer_hash", None) not in (None, tokenizer_hash(loaded)):
+            raise UserError(
+                f"{tokenizer} is not the tokenizer that the training data was made with: give --tokenizer the folder of that one"
+            )
         loaded.save_pretrained(folder)
         config.bos_token_id, config.pad_token_id = loaded.bos_token_id, loaded.pad_token_id
         if config.eos_token_id is None:

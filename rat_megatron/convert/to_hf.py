@@ -129,18 +129,9 @@ def _config_from_args(args: Namespace, source: Path, pattern: str | None) -> Rat
 
 
 def _tokenizer_facts(args: Namespace) -> dict[str, str]:
-    """``tokenizer_name`` and ``tokenizer_hash`` of the training data, as `rat-megatron prepare` notes them, where they are known.
-
-    They come from the arguments, or from the data itself where it is still in its place.
-    """
+    """``tokenizer_name`` and ``tokenizer_hash`` of the training data, as `rat-megatron prepare` notes them, where they are known."""
     facts = {name: getattr(args, f"rat_{name}", None) for name in ("tokenizer_name", "tokenizer_hash")}
-    if None in facts.values() and getattr(args, "rat_tokenizer_path", None):
-        try:
-            meta = json.loads((Path(args.rat_tokenizer_path).parent / "rat_meta.json").read_text())
-            facts = {name: meta.get(name) for name in facts}
-        except (OSError, ValueError, AttributeError):
-            pass  # moved or remote data: what the config does not say is not checked later
-    return {name: value for name, value in facts.items() if isinstance(value, str)}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _tokenizer_of_the_data(args: Namespace) -> Path | None:

@@ -65,7 +65,7 @@ def make_settings(tokenizer: Any, name: str, *, eod_token: str | None, **others:
         eod_id=eod_id,
         token_dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         tokenizer_name=Path(name).resolve().name if Path(name).is_dir() else name,  # no path of this machine in the data set
-        tokenizer_hash=_tokenizer_hash(tokenizer),
+        tokenizer_hash=tokenizer_hash(tokenizer),
         **others,
     )
 
@@ -75,7 +75,7 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Of what decides the ids: vocabulary, merges, normalization; not of names, paths or versions."""
     if not tokenizer.is_fast:
         return hash_of(sorted(tokenizer.get_vocab().items()))

@@ -224,6 +224,8 @@ def _check_data(args: Namespace) -> dict[str, Any]:
         "vocab_size": vocab_size or meta.vocab_size,
         "rat_eod_id": meta.eod_id,
         "rat_tokenizer_path": meta.tokenizer_path,
+        "rat_tokenizer_name": meta.tokenizer_name,
+        "rat_tokenizer_hash": meta.tokenizer_hash,
     }
 
 

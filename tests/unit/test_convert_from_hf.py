@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rat_megatron.cli.convert import app
@@ -14,6 +15,7 @@ from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration,
 from rat_megatron.convert.from_hf import convert_from_hf
 from rat_megatron.convert.names import fuse_qkv
 from rat_megatron.convert.to_hf import convert_to_hf
+from rat_megatron.data.settings import tokenizer_hash
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
 from tests.converting import megatron_args, megatron_tensors, random_weights, write_checkpoint, write_tokenizer
@@ -27,7 +29,7 @@ def write_model(folder, dtype=torch.float32, shard="5GB", **changes):
     settings = {
         "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
         "intermediate_size": 40, "max_position_embeddings": 32, "attention_pattern": "d4w2", "initializer_range": 0.2,
-        "eos_token_id": 2, "tokenizer_hash": "0123456789abcdef", "tokenizer_name": "some/tokenizer",
+        "eos_token_id": 2, "tokenizer_name": "some/tokenizer",
     }  # fmt: skip
     model = RatPlusForCausalLM(RatPlusConfig(**{**settings, **changes}))
     with torch.no_grad():
@@ -55,7 +57,8 @@ def same(one, other):
     ids=["tied, grouped", "untied, sharded", "baseline", "bfloat16"],
 )
 def test_there_and_back_is_the_same_folder(tmp_path, settings):
-    folder = write_tokenizer(write_model(tmp_path / "hf", **settings))
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "hf"))
+    folder = write_tokenizer(write_model(tmp_path / "hf", tokenizer_hash=tokenizer_hash(tokenizer), **settings))
     report = convert_from_hf(folder, tmp_path / "run")
     convert_to_hf(tmp_path / "run", tmp_path / "back")
     weights, config = stored_weights(folder), RatPlusConfig.from_pretrained(folder)

@@ -367,16 +367,15 @@ def test_card_of_a_checkpoint_that_says_nothing(tmp_path, checkpoint):
     assert "Recipe" not in card and "Validation loss" not in card and "None" not in card
 
 
-@pytest.mark.parametrize("known", ["by the arguments", "by the data", "not"])
+@pytest.mark.parametrize("known", [True, False])
 def test_config_notes_the_tokenizer_of_the_data(tmp_path, known):
     facts = {"tokenizer_name": "some/tokenizer", "tokenizer_hash": "0123456789abcdef"}
-    tokenizer = write_tokenizer(tmp_path / "data" / "tokenizer")
-    args = megatron_args(rat_tokenizer_path=str(tokenizer))
-    if known == "by the data":
-        (tmp_path / "data" / "rat_meta.json").write_text(json.dumps(facts))
-    if known == "by the arguments":
-        vars(args).update({f"rat_{name}": value for name, value in facts.items()})
-    convert_to_hf(write_checkpoint(tmp_path / "run", megatron_tensors(random_weights()), args), tmp_path / "hf")
+    args = megatron_args(**({f"rat_{name}": value for name, value in facts.items()} if known else {}))
+    checkpoint = write_checkpoint(tmp_path / "run", megatron_tensors(random_weights()), args)
+    convert_to_hf(checkpoint, tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert {name: config.get(name) for name in facts} == (dict.fromkeys(facts) if known == "not" else facts)
+    assert {name: config.get(name) for name in facts} == (facts if known else dict.fromkeys(facts))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.to_dict().get("tokenizer_hash") == config.get("tokenizer_hash")
+    if known:
+        with pytest.raises(UserError, match="not the tokenizer that the training data was made with"):
+            convert_to_hf(checkpoint, tmp_path / "other", tokenizer=write_tokenizer(tmp_path / "tokenizer"))
