@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rat_megatron.cli.main import app
+from rat_megatron.data.settings import tokenizer_hash
 from rat_megatron.errors import exit_2_on_bad_input
 from rat_megatron.evaluation import generate as generation
 from rat_megatron.evaluation.model import load_model
@@ -229,8 +230,6 @@ def test_no_such_folder(tmp_path):
 
 
 def test_the_right_tokenizer_hash_is_accepted(tmp_path):
-    from rat_megatron.evaluation.model import tokenizer_hash
-
     folder = save_tiny_model(tmp_path / "model")
     _change_config(tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(folder)))(folder)
     assert load_model(folder).tokenizer is not None
