@@ -41,8 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a trial on any machine")
     parser.add_argument("--json", metavar="FILE", help="write all of it here")
     args = parser.parse_args(arguments)
-    merged: dict[str, Any] = {"machines": {}, "rows": {}, "runs": {}, "ratios": {}}
+    merged: dict[str, Any] = {"tiny": False, "machines": {}, "rows": {}, "runs": {}, "ratios": {}}
     for part in [json.loads(path.read_text()) for path in args.read] if args.read else _run_both(args.tiny):
+        merged["tiny"] |= part["tiny"]
         for key in ("rows", "runs", "ratios"):
             merged[key] |= part.get(key, {})
             merged["machines"] |= {name: part["machine"] for name in part.get(key, {})}
@@ -87,6 +88,8 @@ def table(merged: dict[str, Any]) -> str:
         lines.append(
             f"| 1.5B, RAT+ dense step over Megatron's GPT, {kind} | {ratio:.3f} | | <= {RATIO_GOAL} | {_verdict(ratio <= RATIO_GOAL)} | |"
         )
+    if merged["tiny"]:
+        lines += ["", "With --tiny: a trial, none of it measured at the sizes named."]
     return "\n".join([*lines, "", *dict.fromkeys(describe(facts) for facts in merged["machines"].values())])
 
 

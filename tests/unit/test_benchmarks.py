@@ -132,7 +132,8 @@ def test_the_table_joins_what_was_measured(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| decode step, batch 256 at 4096, D=64 |" in printed and "over Megatron's GPT, bf16" in printed
     assert f"torch {version('torch')}" in printed
-    assert set(json.loads((tmp_path / "table.json").read_text())) == {"machines", "rows", "runs", "ratios"}
+    assert set(json.loads((tmp_path / "table.json").read_text())) == {"tiny", "machines", "rows", "runs", "ratios"}
+    assert "none of it measured at the sizes named" in printed
 
 
 def test_layouts(runs):
