@@ -22,7 +22,7 @@ def doctor() -> None:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else []
     te = cuda and _imports("transformer_engine.pytorch")
     apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
-    triton = cuda and find_spec("triton") is not None
+    triton = cuda and find_spec("triton") is not None and os.environ.get("RAT_KERNELS") != "torch"
     facts = {
         "machine": f"{platform.node()}, {os.cpu_count()} processors, Python {platform.python_version()}",
         "GPUs": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none",

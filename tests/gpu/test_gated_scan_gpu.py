@@ -91,7 +91,7 @@ def test_a_nan_spreads_and_hangs_nothing():
     assert values[:200].isfinite().all() and values[200:].isnan().all()
 
 
-def test_the_public_functions_choose_the_kernels():
+def test_the_public_functions_choose_the_kernels(monkeypatch):
     f, k, v, state = (x.detach() for x in random_inputs(300, 2, 128, torch.bfloat16))
     for name, arguments in (("gated_scan", (f, k, v, state)), ("scan_summary", (f, k, v)), ("adjoint_summary", (f, k, v))):
         chosen, kernels, torchs = (
@@ -99,6 +99,9 @@ def test_the_public_functions_choose_the_kernels():
         )
         pairs = list(zip(chosen, kernels, torchs, strict=True))
         assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(torch.equal(a, c) for a, _, c in pairs)
+        with monkeypatch.context() as patch:
+            patch.setenv("RAT_KERNELS", "torch")
+            assert all(torch.equal(a, b) for a, b in zip(getattr(public, name)(*arguments), torchs, strict=True))
 
 
 @pytest.mark.parametrize(("length", "logit"), [(1, 30.0), (1, -30.0), (1, 0.0), (1000, 30.0), (1000, -30.0), (1000, 0.0)])
