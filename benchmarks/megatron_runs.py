@@ -50,7 +50,7 @@ def run(flags: list[str], on_iteration: Callable[[int], None] = lambda count: No
     free_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with _printing_to(log), _megatron_restored(), _command_line(flags):
+    with _printing_to(log), megatron_restored(), command_line(flags):
         from megatron.training import training
 
         import pretrain_rat
@@ -115,7 +115,8 @@ def _printing_to(log: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _command_line(flags: list[str]) -> Iterator[None]:
+def command_line(flags: list[str]) -> Iterator[None]:
+    """For a while the program's arguments are these."""
     before = sys.argv
     sys.argv = ["pretrain_rat.py", *flags]
     try:
@@ -125,16 +126,18 @@ def _command_line(flags: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _megatron_restored() -> Iterator[None]:
+def megatron_restored() -> Iterator[None]:
     """Takes back what a run leaves: our hooks, Megatron's globals and groups, Transformer Engine's FP8 state."""
     from rat_megatron.platform.cpu import use_cpu_if_no_cuda
 
     use_cpu_if_no_cuda()
     from megatron.core.dist_checkpointing import validation
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.training import checkpointing, initialize, training
 
+    load_state_dict = GPTModel.load_state_dict  # inherited
     places = (checkpointing, initialize, training, validation, TorchDistLoadShardedStrategy, DistributedOptimizer)
     before = [(place, dict(vars(place))) for place in places]
     timestamps = dict(training._STARTUP_TIMESTAMPS)
@@ -146,6 +149,7 @@ def _megatron_restored() -> Iterator[None]:
             for name, value in names.items():
                 if vars(place).get(name) is not value:
                     setattr(place, name, value)
+        GPTModel.load_state_dict = load_state_dict
         training._STARTUP_TIMESTAMPS.clear()
         training._STARTUP_TIMESTAMPS.update(timestamps)  # ranks that have run before would reduce theirs, and wait for the others
         if "transformer_engine.pytorch" in sys.modules:

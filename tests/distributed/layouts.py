@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.megatron_runs import command_line, megatron_restored
 from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
 
 MODEL = (
@@ -49,7 +49,7 @@ def train(folder: Path, *flags: str | Path, alone: bool = False) -> Run:
 
 
 def _train_here(flags: list[str], folder: Path, losses: list[dict[str, float]]) -> None:
-    with _megatron_restored(), _command_line(flags):
+    with megatron_restored(), command_line(flags):
         from megatron.training import training
 
         import pretrain_rat
@@ -129,35 +129,3 @@ def join_ranks() -> None:
     store = torch.distributed.PrefixStore(f"group{join_ranks.times}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=4))
-
-
-@contextmanager
-def _megatron_restored() -> Iterator[None]:
-    """Takes back what a run leaves in Megatron: our hooks, its globals and groups."""
-    from megatron.core.dist_checkpointing import validation
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.training import checkpointing, initialize, training
-
-    places = (checkpointing, initialize, training, validation, TorchDistLoadShardedStrategy, DistributedOptimizer)
-    before = [(place, dict(vars(place))) for place in places]
-    timestamps = dict(training._STARTUP_TIMESTAMPS)
-    try:
-        yield
-    finally:
-        training.destroy_global_state()
-        for place, names in before:
-            for name, value in names.items():
-                if vars(place).get(name) is not value:
-                    setattr(place, name, value)
-        training._STARTUP_TIMESTAMPS.update(timestamps)  # ranks that have run before would reduce theirs, and wait for the others
-
-
-@contextmanager
-def _command_line(flags: list[str]) -> Iterator[None]:
-    before = sys.argv
-    sys.argv = ["pretrain_rat.py", *flags]
-    try:
-        yield
-    finally:
-        sys.argv = before

@@ -300,8 +300,158 @@ def test_gradients_do_not_depend_on_the_cache(pattern):
 
 
 @torch.no_grad()
+def test_cache_rows_move_together():
+    model, tokens, following = tiny_model("d4w2"), random_tokens(3, 11), random_tokens(3, 1)
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[0, :4] = 0
+
+    def logits(rows, change):
+        cache = RatPlusCache()
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        change(cache)
+        return model(following[rows], past_key_values=cache).logits
+
+    expected = logits([0, 1, 2], lambda cache: None)
+    order, twice = torch.tensor([2, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    for rows, change in (
+        (order, lambda cache: cache.reorder_cache(order)),
+        (order, lambda cache: cache.batch_select_indices(order)),
+        (twice, lambda cache: cache.batch_repeat_interleave(2)),
+    ):
+        torch.testing.assert_close(logits(rows, change), expected[rows], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [{}, {"use_recurrence": False}], ids=["rat", "baseline"])
+@pytest.mark.parametrize(
+    ("pattern", "back_to"),
+    [("dense", 12), ("d4", 12), ("d4", 0), ("d4s5", 5), ("d4w2", 16), ("w30", 9), ("{dense*2,d4*2}", 12), ("d4k3", 9), ("d4k4+d", 9)],
+)
+def test_a_cropped_cache_is_that_of_the_shorter_sequence(pattern, back_to, variant):
+    model, tokens, rest = tiny_model(pattern, torch.float64, **variant), random_tokens(3, 17), random_tokens(3, 9)
+    mask = torch.ones(3, 17, dtype=torch.long)
+    if not back_to % 4:
+        mask[1, :4] = 0  # a padded row, still at a multiple of four
+    cache = RatPlusCache()
+    model(tokens, attention_mask=mask, past_key_values=cache)
+    cache.crop(back_to if back_to % 2 else back_to - 17)
+    assert cache.get_seq_length() == back_to
+    mask = torch.cat([mask[:, :back_to], mask.new_ones(rest.shape)], dim=1)
+    expected = model(torch.cat([tokens[:, :back_to], rest], dim=1), attention_mask=mask).logits[:, back_to:]
+    logits = [model(rest[:, :5], attention_mask=mask[:, : back_to + 5], past_key_values=cache).logits]
+    for t in range(5, 9):
+        logits.append(model(rest[:, t : t + 1], attention_mask=mask[:, : back_to + t + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("pattern", "back_to", "why"), [("d4w2", 12, "window has moved"), ("d4", 10, "multiple of 4"), ("d4", -3, "recurrent")]
+)
+def test_a_crop_that_cannot_be_leaves_the_cache_alone(pattern, back_to, why):
+    model, tokens = tiny_model(pattern), random_tokens(2, 17)
+    cache = model(tokens).past_key_values
+    with pytest.raises(ValueError, match=why):
+        cache.crop(back_to)
+    mask = torch.ones(2, 18)
+    logits = model(tokens[:, :1], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(torch.cat([tokens, tokens[:, :1]], dim=1)).logits[:, 17:], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_reset_cache_is_as_new():
+    model, tokens = tiny_model("d4w2"), random_tokens(2, 9)
+    cache = RatPlusCache()
+    assert cache.get_seq_length() == cache.nbytes == 0
+    fresh = model(tokens, past_key_values=cache).logits
+    cache.reset()
+    assert cache.get_seq_length() == cache.nbytes == 0
+    assert torch.equal(model(tokens, past_key_values=cache).logits, fresh)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "entries"),
+    [
+        ("dense", 2 * 4 * 96),
+        ("d16", 2 * 4 * 6),
+        ("d16w8s4", 2 * 4 * (4 + 9 + 6)),
+        ("w8s2", 2 * 4 * (2 + 9)),
+        ("[dense,d4]", 4 * (96 + 24)),
+        ("{dense,d4*3}", 2 * (96 + 3 * 24)),
+        ("d8k3", 2 * 4 * (96 + 2 * 13 / 2)),  # and the bounds of twelve blocks, two for a key and a value
+    ],
+)
+def test_the_cache_is_as_small_as_the_formula_says(pattern, entries):
+    """S + W + 1 + T / D keys and values of 8 bytes a channel for each key head, and two fp32 states."""
+    model = tiny_model(pattern, num_key_value_heads=4)
+    run = {"do_sample": False, "min_new_tokens": 30, "max_new_tokens": 30, "return_dict_in_generate": True}
+    cache = model.generate(random_tokens(3, 67), **run).past_key_values
+    held = sum(getattr(head, name).nbytes for layer in cache.layers for head in layer.heads for name in head.tensors)
+    assert cache.nbytes == held
+    assert held <= 3 * 8 * (2 * 4 * entries + 2 * 4 * 4 * 2)
+    assert held > 3 * 8 * 2 * 4 * entries * (0.8 if pattern != "d16" else 0.5)
+    formula = model.model.attention_pattern.cache_entries(96, 2, 4)
+    if "k" not in pattern:
+        assert held <= 3 * 8 * (2 * 4 * formula + 2 * 4 * 4 * 2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pattern", ["dense", "d4w2s1", "d4k3"])
-def test_compiled_decoding_is_one_graph_for_all_steps(pattern):
+def test_a_cache_grows_as_tokens_come(pattern):
+    model, tokens = tiny_model(pattern), random_tokens(1, 90)
+    cache = RatPlusCache(max_length=8)
+    logits = torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["d16", "d16w40s4", "{dense,d8,w3,d8k3}"])
+def test_prompts_longer_than_a_piece(pattern):
+    """Prefill takes queries in pieces: the same as one mask over all of them, which training uses."""
+    model, (ids, mask) = tiny_model(pattern, torch.float64), pad([random_tokens(n) for n in (700, 300, 513)])
+    with torch.enable_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits.detach()
+    assert (model(ids, attention_mask=mask).logits - expected)[mask == 1].abs().max() < 1e-9
+    assert (model(ids, attention_mask=mask, use_cache=False).logits - expected)[mask == 1].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("pattern", FEW_PATTERNS)
+def test_generate_with_the_prompt_in_chunks(pattern):
+    model, (ids, mask) = tiny_model(pattern, torch.float64), pad([random_tokens(n) for n in (4, 29, 1)])
+    run = {"attention_mask": mask, "max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(ids, prefill_chunk_size=8, **run), model.generate(ids, **run))
+
+
+def test_generation_stops_at_a_string(tmp_path):
+    prepare_tiny_data(tmp_path, seq_length=64)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    model = tiny_model("d4w2", vocab_size=len(tokenizer))
+    ids = tokenizer("def main", return_tensors="pt").input_ids
+    free = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=24, min_new_tokens=24)[0, ids.shape[1] :])
+    stop = free[5:8]
+    text = tokenizer.decode(
+        model.generate(ids, do_sample=False, max_new_tokens=24, stop_strings=[stop], tokenizer=tokenizer)[0, ids.shape[1] :]
+    )
+    assert free.startswith(text) and len(text) < len(free) and stop in text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["dense", "d4w2s1"])
+def test_gradients_do_not_depend_on_the_cache(pattern):
+    model, tokens = tiny_model(pattern, torch.float64), random_tokens(2, 21)
+    gradients = []
+    for use_cache in (True, False):
+        with torch.enable_grad():
+            model(tokens, labels=tokens, use_cache=use_cache).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+        model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["dense", "d4w2s1", "d4k3"])
+def test_compiled_decoding_is_one_graph_for_all_steps(pattern, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # as Megatron on the CPU has it, where other tests ran in this process
     model, (ids, mask), rest = tiny_model(pattern), pad([random_tokens(n) for n in (5, 13)]), random_tokens(2, 12)
     graphs = []
 
