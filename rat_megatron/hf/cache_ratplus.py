@@ -131,27 +131,27 @@ class HeadCache:
         oldest = torch.maximum(lengths - head.window, torch.full_like(lengths, head.sinks))
         if ring and (oldest < torch.minimum(lengths, before - ring)).any():
             raise ValueError(f"pattern '{head}' has let go of tokens that the shorter sequence needs: its window has moved past them")
-        if recurrent and not (self._last_slot(before, lengths)[1] | (lengths == 0) | (lengths == before)).all():
+        if recurrent and not (self._holds_last(before, lengths).any(dim=1) | (lengths == 0) | (lengths == before)).all():
             kept = f", such as a multiple of {head.dilation}" if head.dilation else ""
             raise ValueError(f"pattern '{head}' has let go of the token whose recurrent state is needed: crop behind one it keeps{kept}")
 
     def crop(self, before: torch.Tensor, lengths: torch.Tensor, rope_theta: float) -> None:
         """Cuts rows of ``before`` [b] tokens to ``lengths`` [b]; the state then comes from their last token's entry, in its precision."""
-        row, (slot, _) = torch.arange(len(lengths), device=lengths.device), self._last_slot(before, lengths)
-        k, v = (x[row, :, slot].to(self.state.dtype)[:, :, None] for x in (self.k, self.v))  # [b, ng, 1, hn]
+        share = self._holds_last(before, lengths).to(self.state.dtype)
+        share = (share / share.sum(dim=1, keepdim=True).clamp(min=1))[:, None, :, None]
+        k, v = ((share * x).sum(dim=2, keepdim=True) for x in (self.k, self.v))  # [b, ng, 1, hn], zero where no token is left
         cos, sin = rotary_tables((lengths - 1)[:, None], k.shape[-1], rope_theta, k.dtype)
         state = torch.stack([apply_rotary(k, cos, -sin), v])[:, :, :, 0]
-        state = torch.where((lengths > 0)[:, None, None], state, 0.0)
         self.state = torch.where((lengths < before)[:, None, None], state, self.state)
         if self.blocks is not None:
             self.blocks = self._unscored(self.k, self.blocks.shape[3], self.state.dtype)
             positions = torch.arange(self.k.shape[2], device=lengths.device).expand(len(lengths), -1)
             self._note_blocks(self.k, positions, positions < lengths[:, None])
 
-    def _last_slot(self, before: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the token before position lengths [b] lies, and whether it does, both [b]."""
-        here = self.head.slot_positions(self.k.shape[2], before) == lengths[:, None] - 1
-        return here.int().argmax(dim=1), here.any(dim=1)
+    def _holds_last(self, before: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Which slots [b, slots] of rows of ``before`` [b] tokens hold the token before position lengths [b]: one, two alike, or none."""
+        stored = self.head.slot_positions(self.k.shape[2], before)
+        return (stored >= 0) & (stored == lengths[:, None] - 1)
 
 
 class RatPlusCacheLayer:

@@ -137,7 +137,7 @@ def test_requeue_lost_rank_and_lost_node_lead_to_the_losses_of_an_uninterrupted_
 def test_a_limit_of_a_minute_leads_to_a_checkpoint_a_requeue_and_the_same_losses(cluster, data, uninterrupted, tmp_path):
     sbatch = [*TWO_NODES[:-1], "--time=1", "--signal=B:USR1@1"]  # Slurm looks every half minute, so it signals up to that much earlier
     job = submit_training(cluster, tmp_path, data, "--save-interval", "1000", sbatch=sbatch)
-    wait_for(lambda: last_iteration(tmp_path) >= 2 or "signal: asking" in log(tmp_path), 60, "the second iteration")
+    wait_for(lambda: last_iteration(tmp_path) >= 2 or "signal: asking" in log(tmp_path), 90, "the second iteration")
     held = tasks("n2")  # until the limit is near, lest the run finishes before
     for process in held:
         process.suspend()

@@ -1,5 +1,7 @@
 """Generation with the Hugging Face model: whatever goes through the cache must equal one full forward pass."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -176,7 +178,20 @@ def test_cache_rows_move_together():
 @pytest.mark.parametrize("variant", [{}, {"use_recurrence": False}], ids=["rat", "baseline"])
 @pytest.mark.parametrize(
     ("pattern", "back_to"),
-    [("dense", 12), ("d4", 12), ("d4", 0), ("d4s5", 5), ("d4w2", 16), ("w30", 9), ("{dense*2,d4*2}", 12), ("d4k3", 9), ("d4k4+d", 9)],
+    [
+        ("dense", 12),
+        ("d4", 12),
+        ("d4", 0),
+        ("d64", 0),
+        ("w0", 0),
+        ("d4w5", 16),
+        ("d4s5", 5),
+        ("d4w2", 16),
+        ("w30", 9),
+        ("{dense*2,d4*2}", 12),
+        ("d4k3", 9),
+        ("d4k4+d", 9),
+    ],
 )
 def test_a_cropped_cache_is_that_of_the_shorter_sequence(pattern, back_to, variant):
     model, tokens, rest = tiny_model(pattern, torch.float64, **variant), random_tokens(3, 17), random_tokens(3, 9)
@@ -204,8 +219,7 @@ def test_a_crop_that_cannot_be_leaves_the_cache_alone(pattern, back_to, why):
     cache = model(tokens).past_key_values
     with pytest.raises(ValueError, match=why):
         cache.crop(back_to)
-    mask = torch.ones(2, 18)
-    logits = model(tokens[:, :1], attention_mask=mask, past_key_values=cache).logits
+    logits = model(tokens[:, :1], attention_mask=torch.ones(2, 18), past_key_values=copy.deepcopy(cache)).logits
     torch.testing.assert_close(logits, model(torch.cat([tokens, tokens[:, :1]], dim=1)).logits[:, 17:], rtol=0, atol=1e-5)
 
 
