@@ -108,7 +108,7 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar = ["RatPlusDecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
-    _is_stateful = True  # the recurrent state cannot be rewound, so generate() refuses assisted decoding
+    _is_stateful = True  # a cache can be cropped to some lengths only, so generate() refuses assisted decoding
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02) for every matrix, with no scaling by depth; norms 1."""
