@@ -11,16 +11,15 @@ import torch
 # The first pattern that a kernel's name matches says what it is.
 _KINDS = {
     "communication": r"nccl",
-    "attention": r"fmha|flash|sdpa|attention|fused_attn|query_grad_kernel|key_grad_kernel|^add_kernel|thd_|cudnn_generated",
+    "attention": r"fmha|flash|sdpa|attention|_topk|fused_attn|thd_|cudnn_generated",
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitk|cublaslt|wgrad|dgrad",
     "optimizer": r"multi_tensor|adam|l2norm",
     "norm": r"rmsnorm|layernorm|ln_fwd|ln_bwd|norm_",
     "loss": r"cross_entropy|softmax|log_softmax|nll",
-    "scan": r"^backward_kernel|summary_kernel|join_kernel",
+    "scan": r"gated_scan",
     "FP8 casts": r"fp8|cast_transpose|quantize|amax|transpose_kernel",
     "RoPE": r"rope|rotary",
 }
-_FORWARD = "forward_kernel"  # of the scan and of sparse attention: both Triton kernels have this name
 
 
 class Profile:
@@ -45,13 +44,12 @@ class Profile:
         events = sorted((e.start_ns(), e.duration_ns(), e.name()) for e in self._profiler.profiler.kineto_results.events() if _on_device(e))
         kernels: dict[str, list[int]] = defaultdict(list)
         kinds: dict[str, int] = defaultdict(int)
-        end, busy, before = events[0][0], 0, ""
+        end, busy = events[0][0], 0
         for start, duration, name in events:
             kernels[name].append(duration)
-            kinds[_kind(name, before)] += duration
+            kinds[_kind(name)] += duration
             busy += max(0, start + duration - max(start, end))
             end = max(end, start + duration)
-            before = name
         total = end - events[0][0]
         longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:40]
         self._summary = {
@@ -78,8 +76,6 @@ def _on_device(event) -> bool:
     return event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
 
 
-def _kind(name: str, before: str) -> str:
-    if name.startswith(_FORWARD):  # the scan's follows the fill of its messages, at once
-        return "scan" if "fill" in before.lower() else "attention"
+def _kind(name: str) -> str:
     low = name.lower()
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, low)), "other elementwise")

@@ -184,7 +184,7 @@ def _entries(dilation: int | None, sinks: int, position: int) -> int:
 def _launch_forward(part: _Part, q, k, v, out, lse, past, head: HeadPattern, scale: float) -> None:
     q, out, lse = _rows(part, (q, out), (lse,))
     tiles = _tiles("forward", q, head, len(part.kept_k))
-    kernels.forward_kernel[q.shape[1] * q.shape[2], triton.cdiv(len(q), tiles["BM"])](
+    kernels.dilated_attention_forward[q.shape[1] * q.shape[2], triton.cdiv(len(q), tiles["BM"])](
         q, k, v, part.kept_k, part.kept_v, out, lse, *(past or (out, lse)), *_strides(q, k, v, part.kept_k, part.kept_v),
         *_sizes(part, q, k, lse), part.old_from, scale, **_constants(part, q, k, head), OLD=past is not None, **tiles,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _launch_query_grad(part: _Part, q, k, v, out, lse, grad, delta, dq, own_dk, 
     q, out, grad, dq, own_dk, own_dv, lse, delta = _rows(part, (q, out, grad, dq, own_dk, own_dv), (lse, delta))
     old = past_dq if part.old_from else None
     tiles = _tiles("query_grad", q, head)
-    kernels.query_grad_kernel[q.shape[1] * q.shape[2], triton.cdiv(len(q), tiles["BM"])](
+    kernels.dilated_attention_query_grad[q.shape[1] * q.shape[2], triton.cdiv(len(q), tiles["BM"])](
         q, k, v, part.kept_k, part.kept_v, out, lse, grad, delta, dq, own_dk, own_dv, dq if old is None else old,
         *_strides(q, k, v, part.kept_k, part.kept_v), *_sizes(part, q, k, lse), part.old_from, scale,
         **_constants(part, q, k, head), OLD=old is not None, **tiles,
@@ -206,7 +206,7 @@ def _launch_band_grad(part: _Part, q, k, v, lse, grad, delta, dk, dv, head: Head
     """Writes dk and dv of the local keys, as far as they flow through the bands of the queries."""
     tiles = _tiles("key_grad", q, head)
     shared = k.shape[1] * k.shape[2]
-    kernels.key_grad_kernel[shared, triton.cdiv(len(k), tiles["BN"]), 1](
+    kernels.dilated_attention_key_grad[shared, triton.cdiv(len(k), tiles["BN"]), 1](
         q, k, v, lse, grad, delta, dk, dv, *_strides(q, k, v), 0, k.shape[3], shared * k.shape[3],
         *_sizes(part, q, k, lse), len(k), scale, **_constants(part, q, k, head), BAND=True, **tiles,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _launch_kept_grad(part: _Part, q, k, lse, grad, delta, dk, dv, dkept_k, dkep
     key_tiles, query_tiles = triton.cdiv(entries, tiles["BN"]), triton.cdiv(len(q), tiles["BM"])
     splits = max(1, min(query_tiles, _SPLIT_INTO * _processors(q.device) // (key_tiles * shared)))
     sums = torch.empty(2, splits, shared, entries, k.shape[3], dtype=torch.float32, device=q.device)
-    kernels.key_grad_kernel[shared, key_tiles, splits](
+    kernels.dilated_attention_key_grad[shared, key_tiles, splits](
         q, part.kept_k, part.kept_v, lse, grad, delta, *sums, *_strides(q, part.kept_k, part.kept_v), *sums.stride()[1:4],
         *_sizes(part, q, k, lse), entries, scale, **_constants(part, q, k, head), BAND=False, **tiles,
     )  # fmt: skip
@@ -232,7 +232,7 @@ def _launch_kept_grad(part: _Part, q, k, lse, grad, delta, dk, dv, dkept_k, dkep
 def _launch_add(sums_k, sums_v, dk, dv, dkept_k, dkept_v, dilation: int, sinks: int, base: int) -> None:
     """Adds sums [splits, b * ng, n, hn] over the first n keys of a kept list to where these keys came from."""
     splits, shared, entries, size = sums_k.shape
-    kernels.add_kernel[shared, triton.cdiv(entries, 32)](
+    kernels.dilated_attention_add[shared, triton.cdiv(entries, 32)](
         sums_k, sums_v, dk, dv, dkept_k, dkept_v, *sums_k.stride()[:3], splits, entries, base, _entries(dilation, sinks, base),
         D=dilation, S=sinks, HN=size, BN=32,
     )  # fmt: skip

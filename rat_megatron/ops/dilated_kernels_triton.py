@@ -97,7 +97,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def forward_kernel(
+def dilated_attention_forward(
     q, k, v, kept_k, kept_v, out, lse, old_out, old_lse,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, kk_s, kk_b, kk_h, kv_s, kv_b, kv_h,
     lse_h, heads, rows, start, length, base, entries, old_from, scale, D: tl.constexpr, SKIP: tl.constexpr, W: tl.constexpr,
@@ -179,7 +179,7 @@ def _query_grad(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def query_grad_kernel(
+def dilated_attention_query_grad(
     q, k, v, kept_k, kept_v, out, lse, grad, delta, dq, dk, dv, old_dq,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, kk_s, kk_b, kk_h, kv_s, kv_b, kv_h,
     lse_h, heads, rows, start, length, base, entries, old_from, scale, D: tl.constexpr, SKIP: tl.constexpr, W: tl.constexpr,
@@ -235,7 +235,7 @@ def query_grad_kernel(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def key_grad_kernel(
+def dilated_attention_key_grad(
     q, k, v, lse, grad, delta, dk, dv, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, dk_split, dk_shared, dk_s,
     lse_h, heads, rows, start, length, base, entries, count, scale, D: tl.constexpr, SKIP: tl.constexpr, W: tl.constexpr,
     S: tl.constexpr, GROUP: tl.constexpr, HN: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -283,7 +283,7 @@ def key_grad_kernel(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def add_kernel(
+def dilated_attention_add(
     sums_k, sums_v, dk, dv, dkept_k, dkept_v, sum_split, sum_shared, sum_s, splits, entries, base, kept_before,
     D: tl.constexpr, S: tl.constexpr, HN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip

@@ -33,7 +33,7 @@ from rat_megatron.ops.gated_scan_parts_triton import (
 
 
 @triton.jit
-def forward_kernel(
+def gated_scan_forward(
     f, k, v, out_k, out_v, initial, chain, saved, final, cos, sin, length, heads, groups,
     f_s, f_b, f_g, k_s, k_b, k_g, v_s, v_b, v_g, o_s, o_b, o_g,
     HN: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
@@ -131,7 +131,7 @@ def _emit(
 
 
 @triton.jit
-def backward_kernel(
+def gated_scan_backward(
     f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, chain, grad_initial, grad_final, cos, sin, length, heads, groups, chunks,
     f_s, f_b, f_g, k_s, k_b, k_g, v_s, v_b, v_g, dk_s, dk_b, dk_g, dv_s, dv_b, dv_g, o_s, o_b, o_g,
     HN: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, ROPE: tl.constexpr,
@@ -218,7 +218,7 @@ def backward_kernel(
 
 
 @triton.jit
-def summary_kernel(
+def gated_scan_summary(
     f, x, y, parts, length, span, heads, groups, pieces, f_s, f_b, f_g, x_s, x_b, x_g, y_s, y_b, y_g,
     HN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
@@ -260,7 +260,7 @@ def summary_kernel(
 
 
 @triton.jit
-def join_kernel(parts, out, size, PIECES: tl.constexpr, LANES: tl.constexpr):
+def gated_scan_join(parts, out, size, PIECES: tl.constexpr, LANES: tl.constexpr):
     """Joins parts [PIECES, 3, size], in order, to out [3, size]."""
     piece = tl.arange(0, PIECES)[:, None]
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops.gated_scan import check_rope
-from rat_megatron.ops.gated_scan_kernels_triton import backward_kernel, forward_kernel, join_kernel, summary_kernel
+from rat_megatron.ops.gated_scan_kernels_triton import gated_scan_backward, gated_scan_forward, gated_scan_join, gated_scan_summary
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,7 +69,7 @@ class _GatedScan(torch.autograd.Function):
         chunks = triton.cdiv(length, blocks * _WIDTH * _STEPS)
         # For the backward pass: the state before every _STEPS steps.
         saved = torch.empty(triton.cdiv(length, _STEPS), *final.shape, device=f.device) if training else None
-        forward_kernel[(chunks * heads,)](
+        gated_scan_forward[(chunks * heads,)](
             f, k, v, out_k, out_v, initial, _unpublished(chunks, final), saved, final, cos, sin, length, heads, groups,
             *_strides(f, k, v, out_k), **_options(f, blocks), BLOCKS=blocks, KEEP=blocks == 1 and not training,
             INITIAL=initial is not None, SAVE=training, ROPE=cos is not None,
@@ -89,7 +89,7 @@ class _GatedScan(torch.autograd.Function):
         out_f, out_v = torch.empty_like(out_k, dtype=f.dtype), torch.empty_like(out_k, dtype=v.dtype)
         grad_initial = torch.empty_like(grad_final)
         chunks = triton.cdiv(length, _WIDTH * _STEPS)
-        backward_kernel[(chunks * heads,)](
+        gated_scan_backward[(chunks * heads,)](
             f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, _unpublished(chunks, grad_final), grad_initial, grad_final, cos, sin,
             length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), **_options(f), ROPE=cos is not None,
         )  # fmt: skip
@@ -106,12 +106,12 @@ def _summarise(f: Tensor, k: Tensor, v: Tensor, adjoint: bool) -> Tensor:
     span = triton.cdiv(length, pieces * _WIDTH)
     lanes = triton.next_power_of_2(hn)
     parts = torch.empty(pieces, 3, batch, groups, hn, dtype=torch.float32, device=f.device)
-    summary_kernel[(pieces * heads,)](
+    gated_scan_summary[(pieces * heads,)](
         f, k, v, parts, length, span, heads, groups, pieces, *_strides(f, k, v),
         HN=hn, LANES=lanes, WIDTH=_WIDTH, STEPS=_STEPS, ADJOINT=adjoint, num_warps=max(1, min(8, lanes * _WIDTH // 128)),
     )  # fmt: skip
     out = torch.empty_like(parts[0])
-    join_kernel[(triton.cdiv(heads * hn, 32),)](parts, out, heads * hn, PIECES=pieces, LANES=32, num_warps=4)
+    gated_scan_join[(triton.cdiv(heads * hn, 32),)](parts, out, heads * hn, PIECES=pieces, LANES=32, num_warps=4)
     return out
 
 

@@ -59,7 +59,7 @@ def _chosen_blocks(q: torch.Tensor, k: torch.Tensor, head: HeadPattern, q_positi
     chosen = torch.empty(*q.shape[:2], blocks, queries, dtype=torch.int8, device=q.device)
     if blocks <= _FUSED_BLOCKS:
         rows = 32
-        _choice_kernel[(triton.cdiv(queries, rows), q.shape[0] * q.shape[1])](
+        _topk_choice[(triton.cdiv(queries, rows), q.shape[0] * q.shape[1])](
             q, upper, lower, chosen, q_positions, *_strides(q), q.shape[1], queries, blocks,
             SHARED=q.shape[1] // k.shape[1], SIZE=head.dilation, COUNT=head.blocks, HEAD_DIM=q.shape[3], ROWS=rows,
             BLOCKS=max(16, triton.next_power_of_2(blocks)), CHANNELS=min(32, q.shape[3]), num_warps=4, num_stages=1,
@@ -107,7 +107,7 @@ class _TopkAttention(torch.autograd.Function):
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         active = _active_blocks(chosen, head, positions)
         block, count = _lists(active.mT)
-        _forward_kernel[(block.shape[2], q.shape[0] * q.shape[1])](
+        _topk_forward[(block.shape[2], q.shape[0] * q.shape[1])](
             q, k, v, out, lse, chosen, positions, block, count, *_strides(q, k, v, out),
             softmax_scale * _LOG2_E, *_sizes(q, k, chosen), **_constants(q, k, head, 3),
         )  # fmt: skip
@@ -123,13 +123,13 @@ class _TopkAttention(torch.autograd.Function):
             grad_out = grad_out.contiguous()
         grad_q, grad_k, grad_v, delta = (torch.empty_like(x) for x in (q, k, v, lse))
         scales, constants = (ctx.softmax_scale, ctx.softmax_scale * _LOG2_E), _constants(q, k, ctx.head, 2)
-        _query_gradient_kernel[(block.shape[2], q.shape[0] * q.shape[1])](
+        _topk_query_grad[(block.shape[2], q.shape[0] * q.shape[1])](
             q, k, v, out, grad_out, lse, delta, grad_q, chosen, positions, block, count, *_strides(q, k, v, out, grad_out, grad_q),
             *scales, *_sizes(q, k, chosen), **constants,
         )  # fmt: skip
         tile, count = _lists(active)
         parts = triton.cdiv(ctx.head.dilation, constants["KEYS"])
-        _key_gradient_kernel[(chosen.shape[2] * parts, k.shape[0] * k.shape[1])](
+        _topk_key_grad[(chosen.shape[2] * parts, k.shape[0] * k.shape[1])](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, chosen, positions, tile, count,
             *_strides(q, k, v, grad_out, grad_k, grad_v), *scales, *_sizes(q, k, chosen), tile.shape[3], **constants,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def _constants(q: torch.Tensor, k: torch.Tensor, head: HeadPattern, stages: int)
 
 
 @triton.jit
-def _choice_kernel(
+def _topk_choice(
     q, upper, lower, chosen, positions, q_b, q_h, q_s, heads, queries, blocks,
     SHARED: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -194,7 +194,7 @@ def _choice_kernel(
 
 
 @triton.jit
-def _forward_kernel(
+def _topk_forward(
     q, k, v, out, lse, chosen, positions, block_list, block_count,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, log2_scale, heads, queries, keys, blocks,
     SHARED: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, REST: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -242,7 +242,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _query_gradient_kernel(
+def _topk_query_grad(
     q, k, v, out, grad_out, lse, delta, grad_q, chosen, positions, block_list, block_count,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, do_b, do_h, do_s, dq_b, dq_h, dq_s,
     scale, log2_scale, heads, queries, keys, blocks,
@@ -286,7 +286,7 @@ def _query_gradient_kernel(
 
 
 @triton.jit
-def _key_gradient_kernel(
+def _topk_key_grad(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, chosen, positions, tile_list, tile_count,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     scale, log2_scale, heads, queries, keys, blocks, tiles,
