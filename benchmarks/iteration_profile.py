@@ -1,4 +1,7 @@
-"""Where the time of one training iteration goes on the GPU: the kernels by name and by kind, and the time in which none runs."""
+"""Where the time of one training iteration goes on the GPU: the kernels by name and by kind, and the time in which none runs.
+
+Short gaps lie between kernels that were waiting for the GPU already; in long ones the GPU waits for the host.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +48,28 @@ class Profile:
         kernels: dict[str, list[int]] = defaultdict(list)
         kinds: dict[str, int] = defaultdict(int)
         end, busy = events[0][0], 0
+        gaps: list[tuple[int, str, str]] = []
+        before = ""
         for start, duration, name in events:
             kernels[name].append(duration)
             kinds[_kind(name)] += duration
+            gaps.append((max(0, start - end), before, name))
             busy += max(0, start + duration - max(start, end))
-            end = max(end, start + duration)
+            end, before = max(end, start + duration), name
         total = end - events[0][0]
         longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:40]
         self._summary = {
             "milliseconds": total / 1e6,
             "launches": len(events),
             "idle": 1 - busy / total,
+            "idle_milliseconds_by_gap": {
+                "under 10 us": sum(gap for gap, *_ in gaps if gap < 10_000) / 1e6,
+                "10 to 200 us": sum(gap for gap, *_ in gaps if 10_000 <= gap < 200_000) / 1e6,
+                "over 200 us": sum(gap for gap, *_ in gaps if gap >= 200_000) / 1e6,
+            },
+            "longest_gaps": [
+                {"milliseconds": gap / 1e6, "after": after[:100], "until": until[:100]} for gap, after, until in sorted(gaps)[:-9:-1]
+            ],
             "kinds": dict(sorted(((kind, time / total) for kind, time in kinds.items()), key=lambda item: -item[1])),
             "kernels": [{"name": name[:200], "launches": len(d), "milliseconds": sum(d) / 1e6} for name, d in longest],
         }
@@ -65,7 +79,10 @@ class Profile:
         """Prints the summary; the shares may sum to more than 1 where kernels overlap."""
         s = self._summary
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in s["kinds"].items())
-        print(f"profile of {title}: {s['milliseconds']:.1f} ms, {s['launches']} launches, idle {s['idle']:.1%}; {shares}")
+        idle = ", ".join(f"{time:.1f} ms in gaps {which}" for which, time in s["idle_milliseconds_by_gap"].items())
+        print(f"profile of {title}: {s['milliseconds']:.1f} ms, {s['launches']} launches, idle {s['idle']:.1%} ({idle}); {shares}")
+        for gap in s["longest_gaps"]:
+            print(f"  {gap['milliseconds']:9.2f} ms idle after {gap['after'][:50]} until {gap['until'][:50]}")
         for kernel in s["kernels"][:25]:
             print(f"  {kernel['milliseconds']:9.2f} ms {kernel['launches']:6} x {kernel['name'][:110]}", flush=True)
 

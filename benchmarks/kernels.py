@@ -200,19 +200,17 @@ def prefill(size: Size, plain: bool, word: str, goal: float, long: bool) -> dict
     pattern = LayerPattern((head,))
     f, q, k, v = _projection(length, batch, 4, size)
     cos, sin = _angles(length, size)
-    turn = straightforward.compiled(lambda x: straightforward.rope(x, cos[:, None, None], sin[:, None, None]))
 
     def ours():
         keys, values, _ = gated_scan(f, k, v, None, cos, sin)
-        return dilated_attention(turn(q), keys, values, pattern, scale)
+        return dilated_attention(q, keys, values, pattern, scale, cos=cos, sin=sin)
 
     keys, values, _ = gated_scan(f, k, v, None, cos, sin)
-    queries, dense = turn(q), _heads_first(q, k, v)
+    queries, dense = straightforward.rope(q, cos[:, None, None], sin[:, None, None]), _heads_first(q, k, v)
     runs = {
         OURS: ours,
         "attention alone": lambda: dilated_attention(queries, keys, values, pattern, scale),
         "scan with RoPE": lambda: gated_scan(f, k, v, None, cos, sin),
-        "queries' RoPE": lambda: turn(q),
         DENSE: lambda: straightforward.dense_attention(*dense),
     }
     more = {}

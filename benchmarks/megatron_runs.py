@@ -127,23 +127,28 @@ def command_line(flags: list[str]) -> Iterator[None]:
 
 @contextmanager
 def megatron_restored() -> Iterator[None]:
-    """Takes back what a run leaves: our hooks, Megatron's globals and groups, Transformer Engine's FP8 state."""
+    """Takes back what a run leaves: our hooks, CUDA graphs, Megatron's globals and groups, Transformer Engine's FP8 state."""
     from rat_megatron.platform.cpu import use_cpu_if_no_cuda
 
     use_cpu_if_no_cuda()
+    from megatron.core import full_cuda_graph
     from megatron.core.dist_checkpointing import validation
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.tensor_parallel import layers, random
     from megatron.training import checkpointing, initialize, training
 
+    from rat_megatron.training.cuda_graphs import forget_cuda_graphs
+
     load_state_dict = GPTModel.load_state_dict  # inherited
-    places = (checkpointing, initialize, training, validation, TorchDistLoadShardedStrategy, DistributedOptimizer)
-    before = [(place, dict(vars(place))) for place in places]
+    places = (checkpointing, full_cuda_graph, initialize, layers, random, training, validation)
+    before = [(place, dict(vars(place))) for place in (*places, TorchDistLoadShardedStrategy, DistributedOptimizer)]
     timestamps = dict(training._STARTUP_TIMESTAMPS)
     try:
         yield
     finally:
+        forget_cuda_graphs()
         training.destroy_global_state()
         for place, names in before:
             for name, value in names.items():

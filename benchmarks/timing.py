@@ -110,7 +110,7 @@ def waits_for_device(run: Run) -> bool:
 
 
 def captured(run: Run) -> Run:
-    """The run as a CUDA graph, to be replayed; on the CPU the run itself. Its inputs and outputs stay where they are."""
+    """The run as a CUDA graph, to be replayed; on the CPU the run itself. Its inputs and outputs stay where they are, and alive."""
     if not torch.cuda.is_available():
         return run
     stream = torch.cuda.Stream()
@@ -122,7 +122,11 @@ def captured(run: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay(what_the_graph_reads: Run = run) -> None:
+        graph.replay()
+
+    return replay
 
 
 def copy_of_bytes(count: int, device: str) -> Run:

@@ -4,7 +4,8 @@
 
 All runs share one process and one set of random tokens. An iteration is a global batch of four microbatches, used twice under ARL;
 tokens are counted once. Model FLOPs utilisation is against the bf16 peak of a Hopper GPU, for FP8 too. "gpt" is Megatron's GPT of the
-same size (no recurrence, output gate on), "dense" RAT+ without ARL; the two take turns. --tiny tries it all on any machine.
+same size (no recurrence, output gate on), "dense" RAT+ without ARL; the two take turns. All but one run replay a CUDA graph of each
+step. --tiny tries it all on any machine.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from benchmarks.timing import describe, machine, write_json
 
 _PEAK = 989.4e12  # bf16 FLOP/s of an H100 or H200 (SXM) without sparsity
 _MICROBATCHES = 4
-_WITHOUT_ARL = ["--rat-arl-pattern", "none"]
+_GRAPHS = ["--cuda-graph-impl", "full_iteration"]
+_WITHOUT_ARL = [*_GRAPHS, "--rat-arl-pattern", "none"]
 _GPT = [*_WITHOUT_ARL, "--no-rat-recurrence"]
 
 # name: preset, flags, and the tokens/s a GPU to reach (issue: 1.5 and 1.9 or 2 times the reference's 17,165 and 8,947)
 RUNS: dict[str, tuple[str, list[str], float | None]] = {
-    "arl-1.5b": ("1.5b", [], 25700),
-    "arl-1.5b-fp8": ("1.5b", FP8, 1.9 * 17165),
-    "arl-2.6b": ("2.6b", [], 1.5 * 8947),
-    "arl-2.6b-fp8": ("2.6b", FP8, 2 * 8947),
+    "arl-1.5b": ("1.5b", _GRAPHS, 25700),
+    "arl-1.5b without graphs": ("1.5b", [], 25700),
+    "arl-1.5b-fp8": ("1.5b", [*_GRAPHS, *FP8], 1.9 * 17165),
+    "arl-2.6b": ("2.6b", _GRAPHS, 1.5 * 8947),
+    "arl-2.6b-fp8": ("2.6b", [*_GRAPHS, *FP8], 2 * 8947),
     "gpt": ("1.5b", _GPT, None),
     "dense": ("1.5b", _WITHOUT_ARL, None),
     "gpt again": ("1.5b", _GPT, None),
@@ -82,7 +85,7 @@ def _measure(name: str, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     profile = Profile(args.iterations + 1) if args.profile and "again" not in name else None
     iterations = args.iterations + 2 * bool(profile)  # the profiled one, and one before it that finds the profiler started
     run = megatron_runs.run(
-        [*_model(preset, args.tiny), *_without_fp8(flags, args.tiny), *common_flags(data, iterations, args.tiny), *args.flags],
+        [*_model(preset, args.tiny), *_what_a_trial_has(flags, args.tiny), *common_flags(data, iterations, args.tiny), *args.flags],
         profile.after if profile else lambda count: None,
         args.runs_log,
     )
@@ -119,9 +122,9 @@ def _batch(preset: str) -> int:
     return _MICROBATCHES * {"1.5b": 2, "2.6b": 1}[preset]
 
 
-def _without_fp8(flags: list[str], tiny: bool) -> list[str]:
-    """A CPU has no FP8: the trial runs the rest."""
-    return [word for word in flags if word not in FP8] if tiny and not torch.cuda.is_available() else flags
+def _what_a_trial_has(flags: list[str], tiny: bool) -> list[str]:
+    """A CPU has neither FP8 nor CUDA graphs: the trial runs the rest."""
+    return [word for word in flags if word not in (*FP8, *_GRAPHS)] if tiny and not torch.cuda.is_available() else flags
 
 
 def _ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -139,11 +142,11 @@ def _ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def _line(name: str, result: dict[str, Any]) -> str:
     if "error" in result:
-        return f"{name:16}failed: {result['error'][:400]}"
+        return f"{name:24}failed: {result['error'][:400]}"
     goal = f"goal {result['goal']:,.0f} {'met' if result['tokens_per_second'] >= result['goal'] else 'MISS'}" if result["goal"] else ""
     seconds = result["seconds"]
     return (
-        f"{name:16}{result['tokens_per_second']:>10,.0f} tokens/s {goal:18}  iteration {seconds['median']:.3f} s "
+        f"{name:24}{result['tokens_per_second']:>10,.0f} tokens/s {goal:18}  iteration {seconds['median']:.3f} s "
         f"({seconds['lowest']:.3f}-{seconds['highest']:.3f})  peak {result['peak_gigabytes']:.1f} GB  "
         f"MFU {result['model_flops_utilisation']:.1%}  {result['parameters'] / 1e9:.3f}B parameters  "
         f"left behind {result['left_behind_gigabytes']:.2f} GB"

@@ -37,7 +37,8 @@ def doctor() -> None:
         "sparse attention": "Triton" if triton else "torch",
         "gated scan": "Triton" if triton else "torch",
         "optimizer": "Transformer Engine" if te else ("Apex" if cuda and apex else "torch"),
-        "gradient accumulation in the weight gradient": "Apex" if cuda and apex else "apart",
+        "gradient accumulation in the weight gradient": "Apex" if cuda and apex else ("Transformer Engine" if te else "apart"),
+        "cross-entropy": "Transformer Engine" if te else "Megatron's",
         "communication": "NCCL" if cuda else "gloo",
         "FP8": "yes" if te else "needs a GPU with Transformer Engine",
     }

@@ -90,23 +90,25 @@ def attend(q, f, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores:
     """The heads of one pattern, from projections to attention's output [b, np, t, hn]; updates their HeadCache, if there is one.
 
     q [b, np, t, hn]; k, v and the gate logits f (None in the plain-attention baseline) [b, ng, t, hn]. rotary: cosines and sines
-    [b, 1, t, hn / 2]. scores: what top-k patterns choose blocks by, "bounds" or "means".
+    [b or 1, 1, t, hn / 2]. scores: what top-k patterns choose blocks by, "bounds" or "means".
     """
     if f is not None and tokens.real is not None:
         f = f.masked_fill(~tokens.real[:, None, :, None], torch.inf)  # padding leaves the state as it is
     if kernels is not None and f is not None and cache is not None and q.shape[2] == 1 and kernels.can_decode(q, cache):
         return kernels.decode(q, f, k, v, rotary, cache, tokens.before)
     if f is not None:
-        k, v, state = recur(f, k, v, None if cache is None else cache.state.clone())
+        k, v, state = recur(f, k, v, rotary, None if cache is None else cache.state.clone())
         if cache is not None:
             cache.state.copy_(state.detach())
-    q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    else:
+        k = apply_rotary(k, *rotary)
     if cache is None:
-        return _attend_alone(q, k, v, head, tokens, scores)
+        return _attend_alone(q, k, v, rotary, head, tokens, scores)
     whole = head.is_dense or torch.is_grad_enabled() or (kernels is not None and kernels.can_attend(q, head))
     if tokens.columns == 0 and whole:  # what goes through the cache has no gradients
         cache.write(k, v, tokens.before, tokens.counts, q.shape[2])
-        return _attend_alone(q, k, v, head, tokens, scores)
+        return _attend_alone(q, k, v, rotary, head, tokens, scores)
+    q = apply_rotary(q, *rotary)
     if head.blocks:
         return _attend_top_k(q, k, v, tokens, cache)
     if q.shape[2] == 1 or head.is_dense:
@@ -114,14 +116,17 @@ def attend(q, f, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores:
     return _attend_in_pieces(q, k, v, tokens, cache)
 
 
-def recur(f, k, v, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """k~ and v~ [b, ng, t, hn] in the dtypes of k and v, and the state after the last token [2, b, ng, hn] in fp32 (float64)."""
+def recur(f, k, v, rotary, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Recurrence, then RoPE of the keys: k~ and v~ [b, ng, t, hn] in the dtypes of k and v, and the state after the last token.
+
+    The state is [2, b, ng, hn] in fp32 (float64), from before RoPE, as the one given is.
+    """
     if kernels is not None and kernels.can_scan(k):
-        return kernels.scan(f, k, v, state)
+        return kernels.scan(f, k, v, rotary, state)
     logits = wide(f)
     gate, keep = torch.sigmoid(logits), torch.sigmoid(-logits)  # 1 - gate would lose its digits where the gate is near 1
     smoothed = gated_scan(gate, keep * wide(torch.stack([k, v])), None if state is None else state[:, :, :, None])
-    return smoothed[0].to(k.dtype), smoothed[1].to(v.dtype), smoothed[..., -1, :]
+    return apply_rotary(smoothed[0].to(k.dtype), *rotary), smoothed[1].to(v.dtype), smoothed[..., -1, :]
 
 
 def gated_scan(gate: torch.Tensor, update: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
@@ -168,12 +173,13 @@ def _softmax_attention(q, k, v, mask: torch.Tensor | None = None, is_causal: boo
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _attend_alone(q, k, v, head: HeadPattern, tokens: Tokens, scores: str) -> torch.Tensor:
-    """Whole sequences, without a cache: q [b, np, t, hn], k and v [b, ng, t, hn] after RoPE."""
+def _attend_alone(q, k, v, rotary, head: HeadPattern, tokens: Tokens, scores: str) -> torch.Tensor:
+    """Whole sequences, without a cache: q [b, np, t, hn] before RoPE, k (after it) and v [b, ng, t, hn]."""
+    if kernels is not None and scores == "bounds" and kernels.can_attend(q, head):
+        return kernels.attention(q, k, v, rotary, head)
+    q = apply_rotary(q, *rotary)
     if head.is_dense:
         return _softmax_attention(q, k, v, is_causal=True)
-    if kernels is not None and scores == "bounds" and kernels.can_attend(q, head):
-        return kernels.attention(q, k, v, head)
     if not head.blocks and not torch.is_grad_enabled():
         from .cache_ratplus import HeadCache  # which imports this module
 

@@ -11,6 +11,7 @@ from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import gated_scan
 from rat_megatron.ops.kernels import triton_takes
 
+from .attention_ratplus import apply_rotary
 from .cache_ratplus import HeadCache
 from .pattern import HeadPattern, LayerPattern
 
@@ -20,10 +21,12 @@ def can_scan(k: torch.Tensor) -> bool:
     return triton_takes(k)
 
 
-def scan(f, k, v, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scan(f, k, v, rotary, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As attention_ratplus.recur."""
-    k, v, state = gated_scan(*(x.permute(2, 0, 1, 3) for x in (f, k, v)), state)  # [b, ng, t, hn] -> [t, b, ng, hn]
-    return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), state
+    cos, sin = _shared(rotary)
+    k, v, state = gated_scan(*(x.permute(2, 0, 1, 3) for x in (f, k, v)), state, cos, sin)  # [b, ng, t, hn] -> [t, b, ng, hn]
+    k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+    return k if cos is not None else apply_rotary(k, *rotary), v, state
 
 
 def can_attend(q: torch.Tensor, head: HeadPattern) -> bool:
@@ -31,10 +34,19 @@ def can_attend(q: torch.Tensor, head: HeadPattern) -> bool:
     return not head.is_dense and triton_takes(q)
 
 
-def attention(q, k, v, head: HeadPattern) -> torch.Tensor:
-    """q [b, np, t, hn], k and v [b, ng, t, hn] after RoPE, from position 0 on; top-k blocks by their bounds."""
+def attention(q, k, v, rotary, head: HeadPattern) -> torch.Tensor:
+    """q [b, np, t, hn] before RoPE, k (after it) and v [b, ng, t, hn], from position 0 on; top-k blocks by their bounds."""
+    cos, sin = _shared(rotary)
+    if cos is None:
+        q = apply_rotary(q, *rotary)
     q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))
-    return dilated_attention(q, k, v, LayerPattern((head,)), 1 / math.sqrt(q.shape[-1])).permute(1, 2, 0, 3)
+    return dilated_attention(q, k, v, LayerPattern((head,)), 1 / math.sqrt(q.shape[-1]), cos=cos, sin=sin).permute(1, 2, 0, 3)
+
+
+def _shared(rotary) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Cosines and sines [t, hn / 2] that serve all rows; None twice where rows have positions of their own, which no kernel takes."""
+    cos, sin = rotary
+    return (cos[0, 0], sin[0, 0]) if len(cos) == 1 else (None, None)
 
 
 def can_decode(q: torch.Tensor, cache: HeadCache) -> bool:

@@ -190,8 +190,9 @@ class RatPlusModel(RatPlusPreTrainedModel):
             hidden_states = _in_order(hidden_states, order)
             position_ids = position_ids if position_ids is None else position_ids.expand(order.shape).gather(1, order)
         tokens = _count_tokens(hidden_states, columns, attention_mask, past_key_values)
-        rotary_positions = tokens.positions if position_ids is None else position_ids
-        rotary = rotary_tables(rotary_positions, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
+        if position_ids is None:  # where nothing came before, one table serves all rows
+            position_ids = tokens.positions if columns else tokens.positions[:1]
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -6,15 +6,15 @@ Source: arXiv 2602.18196, the RAT+ layer.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from rat_megatron.ops.gated_scan import gated_scan
+from rat_megatron.ops.gated_scan import projection_widths, scan_of_projection
 from rat_megatron.parallel.context_parallel import gated_scan_context_parallel
 
 
@@ -25,6 +25,8 @@ class RATSelfAttention(SelfAttention):
     ``[q | output gate | k | v | forget gate]``, so that tensor parallelism shards it, and checkpoints reshard it, as it stands. All of
     the recurrence is local to a rank's own heads.
     """
+
+    _tables: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None  # the last angles, their cosines and sines
 
     def __init__(
         self,
@@ -55,23 +57,55 @@ class RATSelfAttention(SelfAttention):
             name=name,
         )
         self.linear_qkv_out_dim += forget_gate_width
+        self._key_angles: Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Megatron's Attention.forward, whose key angles the scan takes where it can: RoPE then costs the keys no pass over memory."""
+        self._key_angles = None
+        if rotary_pos_emb is not None:
+            of_queries, of_keys = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+            if of_keys is not None and self._scan_can_turn(of_keys):
+                self._key_angles, rotary_pos_emb = of_keys, (of_queries, None)
+        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+    def _scan_can_turn(self, angles: Tensor) -> bool:
+        """Whether angles [s, 1, 1, channels] are those of gated_scan's RoPE, and the whole sequence is here."""
+        whole = angles.shape[1:] == (1, 1, self.hidden_size_per_attention_head) and not self.config.rotary_interleaved
+        return whole and self._yarn_concentration_factor == 1.0 and self.pg_collection.cp.size() == 1
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, output_gate: bool = True, split_qkv: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden_states [s, b, h] -> query [s, b, np, hn], key and value [s, b, ng, hn] after the recurrence, output gate [s, b, np, hn].
 
-        RoPE is applied by the caller, to the recurrent keys.
+        The caller applies RoPE, to the recurrent keys too unless forward() left these to the scan.
         """
         mixed_qkv, _ = self.linear_qkv(hidden_states)
         groups, hn = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         query_width = self.num_attention_heads_per_partition // groups * hn
         mixed_qkv = mixed_qkv.unflatten(-1, (groups, -1))  # [s, b, ng, 2 * np/ng * hn + 3 * hn]
-        query, gate, key, value, forget_gate = torch.split(mixed_qkv, [query_width, query_width, hn, hn, hn], dim=-1)
         if self.pg_collection.cp.size() > 1:
+            query, gate, key, value, forget_gate = mixed_qkv.split(projection_widths(mixed_qkv, query_width), dim=-1)
             key, value = gated_scan_context_parallel(forget_gate, key, value, self.pg_collection.cp)
         else:
-            key, value, _ = gated_scan(forget_gate, key, value)
+            query, gate, key, value = scan_of_projection(mixed_qkv, query_width, *self._cos_and_sin(len(mixed_qkv)))
         query = query.reshape(*query.shape[:2], -1, hn)  # [s, b, ng, np/ng * hn] -> [s, b, np, hn]
         gate = gate.reshape(*gate.shape[:2], -1, hn)
         return query, key, value, gate
+
+    def _cos_and_sin(self, length: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Of the angles that forward() left to the scan, [s, hn / 2] each: computed once, since all layers are given the same tensor."""
+        if self._key_angles is None:
+            return None, None
+        if RATSelfAttention._tables[0] is not self._key_angles:
+            angles = self._key_angles[:, 0, 0, : self.hidden_size_per_attention_head // 2]
+            RATSelfAttention._tables = self._key_angles, angles.cos(), angles.sin()
+        _, cos, sin = RATSelfAttention._tables
+        return cos[:length], sin[:length]

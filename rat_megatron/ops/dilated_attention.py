@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from rat_megatron.ops.gated_scan import check_rope
 from rat_megatron.ops.kernels import triton_takes
 from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.pattern import HeadPattern, LayerPattern
@@ -25,10 +26,14 @@ def dilated_attention(
     q_positions: torch.Tensor | None = None,
     k_positions: torch.Tensor | None = None,
     implementation: str | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention in which every query sees the keys that the pattern of its head keeps.
 
-    q: [sq, b, np, hn]; k and v: [sk, b, ng, hn], after RoPE; np is a multiple of ng and head h reads group h // (np // ng).
+    q: [sq, b, np, hn]; k and v: [sk, b, ng, hn], k after RoPE; np is a multiple of ng and head h reads group h // (np // ng). q comes
+    after RoPE too, or before it with cos and sin [sq, hn / 2], of the angle of each query and pair of channels (c, c + hn / 2): it is
+    then turned as turn() does, inside the kernel where one runs that can.
     Positions are int64 [sq] and [sk], 0, 1, ... when absent. They may be any subset in any order, as long as every query finds its
     own position among the keys (and a top-k pattern every position before it too). Returns [sq, b, np, hn] in the type of q. Softmax
     is fp32 (float64 for float64). Top-k patterns choose blocks as topk_attention says.
@@ -39,6 +44,7 @@ def dilated_attention(
     ValueError when shapes, pattern and implementation do not fit together.
     """
     heads, groups = q.shape[2], k.shape[2]
+    check_rope(q, cos, sin)
     if heads % groups or k.shape != v.shape:
         raise ValueError(f"{heads} query heads cannot share keys {list(k.shape)} and values {list(v.shape)}")
     if len(pattern.heads) not in (1, heads):
@@ -51,8 +57,12 @@ def dilated_attention(
     fused = implementation == "triton" or (implementation is None and in_order and triton_takes(q, k, v))
 
     def attend(head: HeadPattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if fused and not head.is_dense:
-            return _fused_attention(q, k, v, head, softmax_scale)
+        if fused and not head.is_dense and not head.blocks:
+            return _fused_attention(q, k, v, head, softmax_scale, cos, sin)
+        if cos is not None:
+            q = turn(q, cos, sin)
+        if fused and head.blocks:
+            return _fused_topk(q, k, v, head, softmax_scale)
         if in_order and not head.blocks and implementation != "masked":
             if head.is_dense and implementation is None:
                 return _sdpa(q, k, v, softmax_scale, is_causal=True)
@@ -77,19 +87,29 @@ def dilated_attention(
     return out.permute(2, 0, 1, 3)
 
 
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate-half RoPE of x [..., hn] by cos and sin that broadcast to [..., hn / 2]: in fp32 (float64), rounded once to the type of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([(low * cos - high * sin).to(x.dtype), (high * cos + low * sin).to(x.dtype)], dim=-1)
+
+
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, **mask) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1], **mask)
 
 
-def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
-    if head.blocks:
-        from rat_megatron.ops.topk_attention_triton import topk_attention as topk_triton
+def _fused_topk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
+    from rat_megatron.ops.topk_attention_triton import topk_attention as topk_triton
 
-        return topk_triton(q, k, v, head, softmax_scale)
+    return topk_triton(q, k, v, head, softmax_scale)
+
+
+def _fused_attention(q, k, v, head: HeadPattern, softmax_scale: float, cos, sin) -> torch.Tensor:
     from rat_megatron.ops.dilated_attention_triton import dilated_attention as dilated_triton
 
     q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # [b, heads, s, hn] -> [s, b, heads, hn]
-    return dilated_triton(q, k, v, head, softmax_scale).permute(1, 2, 0, 3)
+    return dilated_triton(q, k, v, head, softmax_scale, cos=cos, sin=sin).permute(1, 2, 0, 3)
 
 
 def _kept_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:

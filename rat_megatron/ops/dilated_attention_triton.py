@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops import dilated_kernels_triton as kernels
 from rat_megatron.ops import folded_attention
+from rat_megatron.ops.dilated_attention import turn
+from rat_megatron.ops.gated_scan import check_rope
 from rat_megatron.pattern import HeadPattern
 
 # Kept keys from which cuDNN on folded queries is faster than the kernels here. Measured on an H100, forward; half of it is a tie.
@@ -26,26 +28,49 @@ _SPLIT_INTO = 2
 
 
 def dilated_attention(
-    q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: float, implementation: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head: HeadPattern,
+    softmax_scale: float,
+    implementation: str | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a whole sequence, in which every query sees the keys that one positional pattern keeps.
 
     q: [s, b, np, hn]; k and v: [s, b, ng, hn], with unit stride in hn and any other strides; bf16, fp16 or fp32. np is a multiple of ng
     and head h reads group h // (np // ng). hn is a power of two from 16 to 256. Returns [s, b, np, hn], contiguous.
     ``implementation`` overrides how the dilated past is computed: "triton", or "folded" for cuDNN on folded queries, whose backward
-    is not deterministic and therefore never the choice when gradients are wanted. Raises ValueError for inputs that do not fit.
+    is not deterministic and therefore never the choice when gradients are wanted. cos and sin [s, hn / 2]: q comes before RoPE and is
+    turned by them, as dilated_attention.turn() does. Raises ValueError for inputs that do not fit.
     """
     _check(q, k, v, head, softmax_scale)
+    check_rope(q, cos, sin)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"a whole sequence has as many queries as keys, not {q.shape[0]} and {k.shape[0]}")
     if implementation not in (None, "triton", "folded"):
         raise ValueError(f"implementation is None, 'triton' or 'folded', not {implementation!r}")
     if implementation == "folded" and not folded_attention.can_fold(q, head):
         raise ValueError(f"attention pattern '{head}' on {q.shape[0]} tokens of {q.dtype} does not fit the folded implementation")
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     folded = implementation == "folded"
-    if implementation is None and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    if implementation is None and not learning:
         folded = folded_attention.can_fold(q, head) and q.shape[0] >= _FOLD_FROM * head.dilation
-    return _DilatedAttention.apply(q, k, v, k.detach()[:0], v.detach()[:0], head, softmax_scale, 0, folded)
+    tables = () if cos is None else (cos.contiguous(), sin.contiguous())
+    if tables and (learning or folded):  # backward and cuDNN read the turned queries
+        q, tables = turn(q, cos[:, None, None], sin[:, None, None]) if learning else _turned(q, *tables), ()
+    return _DilatedAttention.apply(q, k, v, k.detach()[:0], v.detach()[:0], head, softmax_scale, 0, folded, tables)
+
+
+def _turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """dilated_attention.turn() in one pass, without gradients."""
+    q = q if q.stride(3) == 1 else q.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grid = q.shape[1] * q.shape[2], triton.cdiv(len(q), 32)
+    if out.numel():
+        kernels.dilated_attention_turn[grid](q, out, cos, sin, *q.stride()[:3], q.shape[2], len(q), HN=q.shape[3], BM=32, num_warps=4)
+    return out
 
 
 def segment_attention(
@@ -65,7 +90,7 @@ def segment_attention(
         raise ValueError(
             f"{_entries(head.dilation, head.sinks, base)} keys are kept before position {base}: {list(kept_k.shape)} does not hold them"
         )
-    return _DilatedAttention.apply(q, k, v, kept_k, kept_v, head, softmax_scale, start, False)
+    return _DilatedAttention.apply(q, k, v, kept_k, kept_v, head, softmax_scale, start, False, ())
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: float) -> None:
@@ -81,14 +106,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: fl
 
 class _DilatedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, kept_k, kept_v, head, softmax_scale, start, folded):
+    def forward(ctx, q, k, v, kept_k, kept_v, head, softmax_scale, start, folded, tables):
         q, k, v, kept_k, kept_v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, kept_k, kept_v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32, device=q.device)
         past = folded_attention.folded_forward(q, k, v, head, softmax_scale) if folded else (None, None, ())
         if len(q) and out.numel():
             for part in _parts(q, k, v, kept_k, kept_v, head, start, folded):
-                _launch_forward(part, q, k, v, out, lse, past[:2] if part.old_from else None, head, softmax_scale)
+                _launch_forward(part, q, k, v, out, lse, tables, past[:2] if part.old_from else None, head, softmax_scale)
         tensors = [x for x in past[2] if isinstance(x, Tensor)]
         ctx.save_for_backward(q, k, v, kept_k, kept_v, out, lse, *tensors)
         ctx.args = head, softmax_scale, start, folded, past[2][len(tensors) :]
@@ -107,7 +132,7 @@ class _DilatedAttention(torch.autograd.Function):
         dk, dv = (allocate(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         dkept_k, dkept_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (kept_k, kept_v))
         if not out.numel():
-            return dq, dk.zero_(), dv.zero_(), dkept_k, dkept_v, None, None, None, None
+            return dq, dk.zero_(), dv.zero_(), dkept_k, dkept_v, None, None, None, None, None
 
         past = None
         if folded:
@@ -129,7 +154,7 @@ class _DilatedAttention(torch.autograd.Function):
         if folded:
             past_k, past_v = (x.unflatten(0, (-1, group)).transpose(0, 1) for x in past[1:])
             _launch_add(past_k, past_v, dk, dv, dkept_k, dkept_v, head.dilation, 0, start)
-        return dq, dk, dv, dkept_k, dkept_v, None, None, None, None
+        return dq, dk, dv, dkept_k, dkept_v, None, None, None, None, None
 
 
 # ---- the kept list -------------------------------------------------------------------------------------------------------------------
@@ -181,12 +206,13 @@ def _entries(dilation: int | None, sinks: int, position: int) -> int:
 # ---- launches ------------------------------------------------------------------------------------------------------------------------
 
 
-def _launch_forward(part: _Part, q, k, v, out, lse, past, head: HeadPattern, scale: float) -> None:
-    q, out, lse = _rows(part, (q, out), (lse,))
+def _launch_forward(part: _Part, q, k, v, out, lse, tables, past, head: HeadPattern, scale: float) -> None:
+    q, out, *tables, lse = _rows(part, (q, out, *tables), (lse,))
     tiles = _tiles("forward", q, head, len(part.kept_k))
     kernels.dilated_attention_forward[q.shape[1] * q.shape[2], triton.cdiv(len(q), tiles["BM"])](
-        q, k, v, part.kept_k, part.kept_v, out, lse, *(past or (out, lse)), *_strides(q, k, v, part.kept_k, part.kept_v),
-        *_sizes(part, q, k, lse), part.old_from, scale, **_constants(part, q, k, head), OLD=past is not None, **tiles,
+        q, k, v, part.kept_k, part.kept_v, out, lse, *(past or (out, lse)), *(tables or (None, None)),
+        *_strides(q, k, v, part.kept_k, part.kept_v), *_sizes(part, q, k, lse), part.old_from, scale,
+        **_constants(part, q, k, head), OLD=past is not None, ROPE=bool(tables), **tiles,
     )  # fmt: skip
 
 
@@ -239,7 +265,7 @@ def _launch_add(sums_k, sums_v, dk, dv, dkept_k, dkept_v, dilation: int, sinks: 
 
 
 def _rows(part: _Part, queries: tuple[Tensor, ...], stats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The part's rows of tensors [s, b, np, ...] and of tensors [b, np, s]."""
+    """The part's rows of tensors [s, ...] and of tensors [b, np, s]."""
     if part.rows == slice(0, len(queries[0])):
         return *queries, *stats
     return *(x[part.rows] for x in queries), *(x[:, :, part.rows] for x in stats)

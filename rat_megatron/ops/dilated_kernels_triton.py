@@ -54,9 +54,34 @@ def _load(x, row, stride, count, HN: tl.constexpr):
 
 
 @triton.jit
+def _turned(x_tile, x, row, stride, count, cos, sin, HN: tl.constexpr):
+    """Rotate-half RoPE of rows [n] of x, which x_tile [n, HN] holds, by tables [count, HN / 2]; rounded to the type of x."""
+    HALF: tl.constexpr = HN // 2
+    column = tl.arange(0, HN)
+    there = (row < count)[:, None]
+    angle = row.to(tl.int64)[:, None] * HALF + (column % HALF)[None, :]
+    cos_tile = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
+    sin_tile = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
+    sin_tile = tl.where((column < HALF)[None, :], -sin_tile, sin_tile)
+    partner = row.to(tl.int64)[:, None] * stride + ((column + HALF) % HN)[None, :]
+    partner_tile = tl.load(x + partner, mask=there, other=0.0).to(tl.float32)
+    return (x_tile.to(tl.float32) * cos_tile + partner_tile * sin_tile).to(x_tile.dtype)
+
+
+@triton.jit
 def _store(x, row, stride, count, value, HN: tl.constexpr):
     at = x + row.to(tl.int64)[:, None] * stride + tl.arange(0, HN)[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=(row < count)[:, None])
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def dilated_attention_turn(q, out, cos, sin, q_s, q_b, q_h, heads, rows, HN: tl.constexpr, BM: tl.constexpr):
+    """Rotate-half RoPE of a block of queries of one head."""
+    flat = tl.program_id(0)
+    q += (flat // heads).to(tl.int64) * q_b + (flat % heads).to(tl.int64) * q_h
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    q_tile = _turned(_load(q, row, q_s, rows, HN), q, row, q_s, rows, cos, sin, HN)
+    _store(out + flat * HN, row, tl.num_programs(0) * HN, rows, q_tile, HN)
 
 
 @triton.jit
@@ -98,21 +123,28 @@ def _attend(
 
 @triton.jit(do_not_specialize=_VARYING)
 def dilated_attention_forward(
-    q, k, v, kept_k, kept_v, out, lse, old_out, old_lse,
+    q, k, v, kept_k, kept_v, out, lse, old_out, old_lse, cos, sin,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, kk_s, kk_b, kk_h, kv_s, kv_b, kv_h,
     lse_h, heads, rows, start, length, base, entries, old_from, scale, D: tl.constexpr, SKIP: tl.constexpr, W: tl.constexpr,
-    S: tl.constexpr, GROUP: tl.constexpr, HN: tl.constexpr, PRECISION: tl.constexpr, OLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    S: tl.constexpr, GROUP: tl.constexpr, HN: tl.constexpr, PRECISION: tl.constexpr, OLD: tl.constexpr, ROPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of a block of queries of one head; OLD: of which a part of the keys is already in old_out and old_lse."""
+    """out and lse of a block of queries of one head, which ROPE turns by cos and sin first.
+
+    OLD: a part of the keys is already in old_out and old_lse.
+    """
     flat, block = _assignment()
     sequence, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
+    q += sequence * q_b + head * q_h
     k += sequence * k_b + head // GROUP * k_h
     v += sequence * v_b + head // GROUP * v_h
     first = block * BM
     row = first + tl.arange(0, BM)
     position = start + row
     scale *= _LOG2_E
-    q_tile = _load(q + sequence * q_b + head * q_h, row, q_s, rows, HN)
+    q_tile = _load(q, row, q_s, rows, HN)
+    if ROPE:
+        q_tile = _turned(q_tile, q, row, q_s, rows, cos, sin, HN)
 
     if W == 0:  # the own key opens the softmax
         own = position - base

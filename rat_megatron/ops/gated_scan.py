@@ -54,6 +54,35 @@ def gated_scan(
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(k.dtype), values, final
 
 
+def scan_of_projection(
+    projection: torch.Tensor,
+    query_width: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gated_scan on a layer's fused projection, whose gradient the kernels write in its place instead of joining five.
+
+    projection: [s, b, ng, 2 * query_width + 3 * hn], in every group [query | output gate | k | v | f]. Returns query and output gate
+    [s, b, ng, query_width], which are slices of it, and k~ and v~ [s, b, ng, hn]. Everything else as in gated_scan, from no state.
+    """
+    query, gate, k, v, f = projection.split(projection_widths(projection, query_width), dim=-1)
+    if _use_triton(implementation, f, k, v):
+        from rat_megatron.ops.gated_scan_triton import scan_of_projection as scan_triton
+
+        return scan_triton(projection, query_width, cos, sin)
+    keys, values, _ = gated_scan(f, k, v, None, cos, sin, implementation)
+    return query, gate, keys, values
+
+
+def projection_widths(projection: torch.Tensor, query_width: int) -> list[int]:
+    """Of query, output gate, k, v and f in the last dimension of scan_of_projection's input; raises ValueError if it is no such width."""
+    rest = projection.shape[-1] - 2 * query_width
+    if rest <= 0 or rest % 3:
+        raise ValueError(f"a projection of width {projection.shape[-1]} does not hold two of {query_width} and three alike")
+    return [query_width, query_width, *[rest // 3] * 3]
+
+
 @torch.no_grad()
 def scan_summary(f: torch.Tensor, k: torch.Tensor, v: torch.Tensor, implementation: str | None = None) -> torch.Tensor:
     """What a stretch of tokens does to the state: h_out = A * h_in + B.
@@ -92,7 +121,9 @@ def check_rope(k: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | No
     if (cos is None) != (sin is None):
         raise ValueError("RoPE needs both cos and sin")
     if cos is not None and (k.shape[3] % 2 or not cos.shape == sin.shape == (k.shape[0], k.shape[3] // 2)):
-        raise ValueError(f"cos and sin must be [s, hn / 2], not {list(cos.shape)} and {list(sin.shape)} for k {list(k.shape)}")
+        raise ValueError(
+            f"cos and sin must be [s, hn / 2], not {list(cos.shape)} and {list(sin.shape)} for keys or queries {list(k.shape)}"
+        )
 
 
 def _use_triton(implementation: str | None, *tensors: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rat_megatron.ops.gated_scan import check_rope
+from rat_megatron.ops.gated_scan import check_rope, projection_widths
 from rat_megatron.ops.gated_scan_kernels_triton import gated_scan_backward, gated_scan_forward, gated_scan_join, gated_scan_summary
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
@@ -42,6 +42,20 @@ def gated_scan(
     return _GatedScan.apply(_unit_stride(f), _unit_stride(k), _unit_stride(v), initial_state, cos, sin, training)
 
 
+def scan_of_projection(
+    projection: Tensor, query_width: int, cos: Tensor | None = None, sin: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """projection [s, b, ng, 2 * query_width + 3 * hn], of which every slice is what gated_scan() takes; else as in gated_scan.py."""
+    widths = projection_widths(projection, query_width)
+    k = projection.split(widths, dim=-1)[2]
+    _check(k, k, k)
+    check_rope(k, cos, sin)
+    if cos is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    training = torch.is_grad_enabled() and projection.requires_grad
+    return _ScanOfProjection.apply(_unit_stride(projection), widths, cos, sin, training)
+
+
 @torch.no_grad()
 def scan_summary(f: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What a stretch of tokens does to the state, h_out = A * h_in + B: f, k, v [s, b, ng, hn] -> fp32 [3, b, ng, hn], A and B of k, v."""
@@ -59,41 +73,75 @@ def adjoint_summary(f: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor:
 class _GatedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, k, v, initial, cos, sin, training):
-        length, batch, groups, hn = f.shape
-        heads = batch * groups
-        out_k = _dense_like(k)
-        out_v = torch.empty_like(out_k, dtype=v.dtype)
-        final = torch.empty(2, batch, groups, hn, dtype=torch.float32, device=f.device)
-        # Where few heads work side by side, the chain of chunks would set the time: longer chunks then, read twice instead of kept.
-        blocks = 2 if heads * hn < 4096 and length >= _LONG else 1
-        chunks = triton.cdiv(length, blocks * _WIDTH * _STEPS)
-        # For the backward pass: the state before every _STEPS steps.
-        saved = torch.empty(triton.cdiv(length, _STEPS), *final.shape, device=f.device) if training else None
-        gated_scan_forward[(chunks * heads,)](
-            f, k, v, out_k, out_v, initial, _unpublished(chunks, final), saved, final, cos, sin, length, heads, groups,
-            *_strides(f, k, v, out_k), **_options(f, blocks), BLOCKS=blocks, KEEP=blocks == 1 and not training,
-            INITIAL=initial is not None, SAVE=training, ROPE=cos is not None,
-        )  # fmt: skip
+        *outputs, saved = _launch_forward(f, k, v, initial, cos, sin, training)
         ctx.save_for_backward(f, k, v, saved, cos, sin)
         ctx.has_initial = initial is not None
-        return out_k, out_v, final
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_k, grad_v, grad_final):
-        f, k, v, saved, cos, sin = ctx.saved_tensors
-        length, batch, groups, hn = f.shape
-        heads = batch * groups
-        grad_k, grad_v, grad_final = _unit_stride(grad_k), _unit_stride(grad_v), grad_final.contiguous()
+        f, k, v, *saved = ctx.saved_tensors
         out_k = _dense_like(k)
         out_f, out_v = torch.empty_like(out_k, dtype=f.dtype), torch.empty_like(out_k, dtype=v.dtype)
-        grad_initial = torch.empty_like(grad_final)
-        chunks = triton.cdiv(length, _WIDTH * _STEPS)
-        gated_scan_backward[(chunks * heads,)](
-            f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, _unpublished(chunks, grad_final), grad_initial, grad_final, cos, sin,
-            length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), **_options(f), ROPE=cos is not None,
-        )  # fmt: skip
+        grad_initial = _launch_backward(f, k, v, *saved, grad_k, grad_v, grad_final.contiguous(), out_f, out_k, out_v)
         return out_f, out_k, out_v, grad_initial if ctx.has_initial else None, None, None, None
+
+
+class _ScanOfProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projection, widths, cos, sin, training):
+        query, gate, k, v, f = projection.split(widths, dim=-1)
+        keys, values, final, saved = _launch_forward(f, k, v, None, cos, sin, training)
+        ctx.save_for_backward(projection, saved, cos, sin)
+        ctx.widths, ctx.state_shape = widths, final.shape
+        return query, gate, keys, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_query, grad_gate, grad_k, grad_v):
+        projection, *saved = ctx.saved_tensors
+        _, _, k, v, f = projection.split(ctx.widths, dim=-1)
+        grad = torch.empty_like(projection)
+        out_query, out_gate, out_k, out_v, out_f = grad.split(ctx.widths, dim=-1)
+        out_query.copy_(grad_query)
+        out_gate.copy_(grad_gate)
+        no_later = torch.zeros(ctx.state_shape, dtype=torch.float32, device=grad.device)
+        _launch_backward(f, k, v, *saved, grad_k, grad_v, no_later, out_f, out_k, out_v)
+        return grad, None, None, None, None
+
+
+def _launch_forward(f, k, v, initial, cos, sin, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """k~, v~, the final state, and for the backward pass the state before every _STEPS steps."""
+    length, batch, groups, hn = f.shape
+    heads = batch * groups
+    out_k = _dense_like(k)
+    out_v = torch.empty_like(out_k, dtype=v.dtype)
+    final = torch.empty(2, batch, groups, hn, dtype=torch.float32, device=f.device)
+    # Where few heads work side by side, the chain of chunks would set the time: longer chunks then, read twice instead of kept.
+    blocks = 2 if heads * hn < 4096 and length >= _LONG else 1
+    chunks = triton.cdiv(length, blocks * _WIDTH * _STEPS)
+    saved = torch.empty(triton.cdiv(length, _STEPS), *final.shape, device=f.device) if training else None
+    gated_scan_forward[(chunks * heads,)](
+        f, k, v, out_k, out_v, initial, _unpublished(chunks, final), saved, final, cos, sin, length, heads, groups,
+        *_strides(f, k, v, out_k), **_options(f, blocks), BLOCKS=blocks, KEEP=blocks == 1 and not training,
+        INITIAL=initial is not None, SAVE=training, ROPE=cos is not None,
+    )  # fmt: skip
+    return out_k, out_v, final, saved
+
+
+def _launch_backward(f, k, v, saved, cos, sin, grad_k, grad_v, grad_final, out_f, out_k, out_v) -> Tensor:
+    """Writes the gradients into out_f, out_k and out_v, whose strides are alike; returns that of the initial state."""
+    length, batch, groups, _ = f.shape
+    heads = batch * groups
+    grad_k, grad_v = _unit_stride(grad_k), _unit_stride(grad_v)
+    grad_initial = torch.empty_like(grad_final)
+    chunks = triton.cdiv(length, _WIDTH * _STEPS)
+    gated_scan_backward[(chunks * heads,)](
+        f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, _unpublished(chunks, grad_final), grad_initial, grad_final, cos, sin,
+        length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), **_options(f), ROPE=cos is not None,
+    )  # fmt: skip
+    return grad_initial
 
 
 def _summarise(f: Tensor, k: Tensor, v: Tensor, adjoint: bool) -> Tensor:

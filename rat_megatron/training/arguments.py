@@ -128,15 +128,17 @@ def _given(flag: str) -> str | None:
 
 def _platform_defaults() -> dict[str, Any]:
     """What this machine can do: Transformer Engine on a GPU that has it, Megatron's local layers elsewhere."""
-    defaults: dict[str, Any] = {"gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None}  # of NVIDIA Apex
-    if not (torch.cuda.is_available() and HAVE_TE):
+    cuda = torch.cuda.is_available()
+    apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    defaults: dict[str, Any] = {"gradient_accumulation_fusion": cuda and (HAVE_TE or apex)}
+    if not (cuda and HAVE_TE):
         defaults |= {
             "transformer_impl": "local",
             "masked_softmax_fusion": False,
             "apply_rope_fusion": False,
             "no_persist_layer_norm": True,
         }
-    if not torch.cuda.is_available():
+    if not cuda:
         defaults |= {"distributed_backend": "gloo", "bias_dropout_fusion": False}
     return defaults
 
@@ -155,6 +157,8 @@ def _check_and_derive(args: Namespace) -> dict[str, Any]:
         "max_position_embeddings": args.max_position_embeddings or args.seq_length,
         "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
     }
+    if args.cuda_graph_impl == "full_iteration":  # Megatron insists; training/cuda_graphs.py looks for NaN after every step
+        derived["check_for_nan_in_loss_and_grad"] = False
     _check_checkpoints(args, derived)
     return derived
 
@@ -182,6 +186,13 @@ def _check_features(args: Namespace) -> None:
     for flag, value in refused.items():
         if value:
             raise UserError(f"{flag} is not part of a RAT+ layer: leave it out")
+    if args.cuda_graph_impl != "none" and not cuda:
+        raise UserError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out on this machine")
+    if args.cuda_graph_impl in ("local", "transformer_engine"):
+        raise UserError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} would train one attention pattern where active recurrence learning and validation "
+            "have several: use --cuda-graph-impl full_iteration"
+        )
     if args.rampup_batch_size or args.step_batch_size_schedule:
         raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
     if args.dataloader_type != "external" or args.mock_data:

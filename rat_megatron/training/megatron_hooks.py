@@ -13,6 +13,7 @@ from typing import Any
 
 import megatron.core.dist_checkpointing.validation as validation
 import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+import megatron.core.tensor_parallel.layers as layers
 import megatron.training.checkpointing as checkpointing
 import megatron.training.initialize as initialize
 import megatron.training.training as training
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from rat_megatron.errors import UserError
 from rat_megatron.pattern import AttentionPattern
 from rat_megatron.training.arl import arl_train_step, step_loaded_first
+from rat_megatron.training.cuda_graphs import CudaGraphOfEachPattern
 from rat_megatron.training.exit_signal import EarlyExitSignal
 from rat_megatron.training.flops import iteration_flops
 from rat_megatron.training.metrics import RunReport
@@ -46,6 +48,14 @@ def install_hooks(args: Namespace, exit_signal: EarlyExitSignal, watchdog: Watch
     if args.rat_arl_pattern != "none":
         training.train_step = arl_train_step(training.train_step, AttentionPattern.parse(args.rat_arl_pattern), target)
     training.train_step = exit_signal.handed_over(jumps_noted(report.timed(step_loaded_first(training.train_step))))
+
+    # --cuda-graph-impl full_iteration: a graph replays the pattern that it was captured under, so every pattern has its own.
+    training.FullCudaGraphWrapper = CudaGraphOfEachPattern
+
+    # Transformer Engine adds weight gradients to the accumulated ones inside the matrix product; for the output layer, Megatron wants
+    # Apex's extension, for a product that Transformer Engine has too.
+    if args.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = _WeightGradient, True
 
     # Validation under every pattern, and into report.json.
     patterns = [AttentionPattern.parse(word) for word in args.rat_eval_patterns]
@@ -90,6 +100,19 @@ def install_hooks(args: Namespace, exit_signal: EarlyExitSignal, watchdog: Watch
 
     # A kill between opening and writing the tracker file would leave it empty, and with it no checkpoint to resume from.
     checkpointing.maybe_msc = _AtomicTracker()
+
+
+class _WeightGradient:
+    """Apex's fused_weight_gradient_mlp_cuda on Transformer Engine's matrix product: total += grad_output^T input."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input: torch.Tensor, grad_output: torch.Tensor, total: torch.Tensor) -> None:
+        """input [n, h_in], grad_output [n, h_out], total [h_out, h_in]."""
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+        general_gemm(input, grad_output, out_dtype=total.dtype, layout="NT", out=total, accumulate=True, grad=True)
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
 
 
 def _decay_every_parameter(get_megatron_optimizer_config):

@@ -68,6 +68,52 @@ def test_agrees_with_a_masked_softmax(word, length, heads, groups, batch, dim, d
     check(partial(dilated_attention, implementation="triton", **options), partial(masked_attention, **options), inputs)
 
 
+def random_tables(length: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = 3 * torch.randn(length, dim // 2, device="cuda")
+    return angle.cos(), angle.sin()
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of x [s, b, np, hn] in float64, as a product of complex numbers."""
+    pairs = torch.complex(*x.double().chunk(2, dim=-1)) * torch.complex(cos.double(), sin.double())[:, None, None]
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("word", "length", "heads", "groups", "batch", "dim", "dtype"),
+    [
+        ("d4", 333, 4, 4, 1, 16, BF16),
+        ("d64", 1024, 4, 2, 3, 128, BF16),
+        ("d4w3s2", 777, 4, 2, 3, 64, BF16),
+        ("w5s1", 300, 2, 1, 2, 128, FP16),
+        ("d16w100s4", 500, 2, 2, 1, 256, BF16),
+        ("d64s4", 63, 2, 2, 1, 32, BF16),
+        ("d16w40s3", 257, 2, 1, 2, 128, FP32),
+        ("d16", 33000, 1, 1, 1, 128, BF16),  # cuDNN's, which wants the queries turned before
+    ],
+)
+def test_turns_the_queries(word, length, heads, groups, batch, dim, dtype):
+    head, scale, (cos, sin) = HeadPattern.parse(word), dim**-0.5, random_tables(length, dim)
+    q, k, v = (random(length, batch, n, dim, dtype).detach() for n in (heads, groups, groups))
+    torch.empty(64 << 20, device="cuda").fill_(torch.nan)  # the allocator hands this memory out next
+    out = dilated_attention(q, k, v, head, scale, cos=cos, sin=sin)
+    some = slice(max(0, length - 1024), length)  # the whole mask of a long sequence would not fit
+    expected = masked_attention(turned(q, cos, sin)[some], k.double(), v.double(), head, scale, some.start)
+    assert (out[some].double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    strided = torch.zeros(batch, length, 2 * heads, dim + 8, device="cuda", dtype=dtype)[:, :, ::2, :dim].transpose(0, 1).copy_(q)
+    assert torch.equal(dilated_attention(strided, k, v, head, scale, cos=cos, sin=sin), out)
+
+
+def test_gradients_flow_through_turned_queries():
+    options, (cos, sin) = {"head": HeadPattern.parse("d16w20s4"), "softmax_scale": 0.125}, random_tables(300, 64)
+    inputs = [random(300, 2, n, 64, BF16) for n in (4, 2, 2)]
+    check(
+        partial(dilated_attention, cos=cos, sin=sin, **options),
+        lambda q, k, v: masked_attention(turned(q, cos, sin), k, v, **options),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize(("word", "length"), [("d16", 1024), ("d16", 1003), ("d16s4", 1030), ("d16w32s4", 1024)])
 def test_folded_queries_agree_with_a_masked_softmax(word, length):
     options = {"head": HeadPattern.parse(word), "softmax_scale": 128**-0.5}

@@ -115,3 +115,15 @@ def test_chunks_joined_by_their_summaries_equal_one_scan(length, logit):
         decay, *ends = public.scan_summary(f[part], k[part], v[part])
         state = decay * state + torch.stack(ends)
     assert_close([*(torch.cat(x) for x in zip(*outputs, strict=True)), state], exact, 2e-6)
+
+
+def test_scan_of_a_projection_is_that_of_its_slices():
+    cos, sin = (table(torch.rand(300, 64, device="cuda") * 6) for table in (torch.cos, torch.sin))
+    projection = torch.randn(300, 2, 3, 7 * 128, device="cuda").bfloat16().requires_grad_()
+    query, gate, k, v, f = projection.split([256, 256, 128, 128, 128], dim=-1)
+    expected = query, gate, *gated_scan(f, k, v, None, cos, sin)[:2]
+    outputs = public.scan_of_projection(projection, 256, cos, sin)
+    assert all("ScanOfProjection" in type(x.grad_fn).__name__ for x in outputs), "one gradient buffer, not five to join"
+    weights = [torch.randn_like(x) for x in expected]
+    gradients = [torch.autograd.grad(x, projection, weights) for x in (outputs, expected)]
+    assert all(torch.equal(a, e) for a, e in zip((*outputs, *gradients[0]), (*expected, *gradients[1]), strict=True))

@@ -53,6 +53,7 @@ def run(model, tokens, times: int = 3):
     direction = torch.randn(*tokens.shape, VOCAB, device="cuda", generator=torch.Generator("cuda").manual_seed(7))
     for _ in range(times):
         model.zero_grad()
+        model.set_is_first_microbatch()  # or a layer would use the weights that it has cast before
         logits = model(tokens, torch.arange(tokens.shape[1], device="cuda").expand_as(tokens), None)
         logits.backward(direction.to(logits.dtype))
     return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -179,7 +180,8 @@ def test_checkpoints_go_between_fp8_and_bf16(there, here, tokens, hooks, tmp_pat
     if there == here == "delayed":
         scales = list(zip(scales_of(saved), scales_of(loaded), strict=True))
         assert len(scales) == 5 * LAYERS and all(torch.equal(before, after) for before, after in scales)
+        assert relative(run(loaded, tokens)[0], run(saved, tokens)[0]) <= 1e-6, "it goes on as if it had never stopped"
     for parameter in fresh.parameters():
         parameter.data.mul_(1.25)
-    bar = 0.05 if here == "delayed" else 1e-6  # there the scales of other steps
+    bar = 0.25 if here == "delayed" else 1e-6  # there the scales of other steps, and so other roundings: each is within 0.15 of exact
     assert relative(run(loaded, tokens)[0], run(fresh, tokens)[0]) <= bar

@@ -76,6 +76,7 @@ BAD = {
     "unknown flag": (["--rat-patern", "d16"], "unrecognized arguments: --rat-patern"),
     "unknown preset": (["--rat-preset", "3b"], "invalid choice: '3b'"),
     "not a number": (["--num-layers", "two"], "invalid int value: 'two'"),
+    "CUDA graph": (["--cuda-graph-impl", "full_iteration"], "--cuda-graph-impl full_iteration needs a GPU"),
     "MoE": (["--num-experts", "4"], "--num-experts is not part of a RAT\\+ layer"),
     "heads and hidden size": (["--hidden-size", "30"], "--num-attention-heads 4 does not divide --hidden-size 30"),
     "tensor parallel size": (["--tensor-model-parallel-size", "3"], "does not divide the 4 query groups"),

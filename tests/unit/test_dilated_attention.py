@@ -176,6 +176,38 @@ def test_decoding_needs_only_the_kept_positions(word):
     assert_close([step], [attend(word)(q, k, v)[at]], 1e-12)
 
 
+def random_tables(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = 3 * torch.randn(length, DIM // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
+    return angle.cos(), angle.sin()
+
+
+def turned(x, cos, sin):
+    """RoPE of x [s, b, np, hn] as a product of complex numbers."""
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos, sin)[:, None, None]
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+@pytest.mark.parametrize("word", ["dense", "d4", "d4w3s2", "w5s1", "d4k3", "d4k4+d", HYBRID[1], *MIXED])
+def test_turns_the_queries(word):
+    inputs, (cos, sin) = random_inputs(65), random_tables(65)
+    expected = values_and_gradients(lambda q, k, v: attend(word)(turned(q, cos, sin), k, v), inputs)
+    for implementation in (None, "masked", "kept"):
+        assert_close(values_and_gradients(attend(word, implementation=implementation, cos=cos, sin=sin), inputs), expected, 1e-12)
+    at = torch.tensor([40, 3, 64])
+    some = attend(word, q_positions=at, k_positions=torch.arange(65), cos=cos[at], sin=sin[at])
+    q, k, v = inputs
+    assert_close([some(q[at], k, v)], [expected[0][at]], 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_turns_the_queries_in_lower_precision(dtype, tolerance):
+    inputs, (cos, sin) = random_inputs(65, dtype=dtype), random_tables(65)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    actual = values_and_gradients(attend("d4w3s2", cos=cos.float(), sin=sin.float()), inputs)
+    assert all(x.dtype == dtype for x in actual)
+    assert_close(actual, values_and_gradients(lambda q, k, v: attend("d4w3s2")(turned(q, cos, sin), k, v), exact), tolerance)
+
+
 def test_any_memory_layout():
     q, k, v = random_inputs(65)
     strided = [x.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_() for x in (q, k, v)]
@@ -193,6 +225,10 @@ def test_refuses_what_does_not_fit():
         attend("d4", implementation="fast")(q, k, v)
     with pytest.raises(ValueError, match="'kept' needs queries and keys of the same tokens"):
         attend("d4", implementation="kept", k_positions=torch.arange(17))(q, k, v)
+    with pytest.raises(ValueError, match="needs both cos and sin"):
+        attend("d4", cos=torch.ones(17, 4))(q, k, v)
+    with pytest.raises(ValueError, match=r"must be \[s, hn / 2\]"):
+        attend("d4", cos=torch.ones(17, 8), sin=torch.ones(17, 8))(q, k, v)
 
 
 @pytest.mark.parametrize("word", ["d4", "d8w5s2", "d16w70s3", "w6s3"])

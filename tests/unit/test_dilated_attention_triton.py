@@ -15,7 +15,7 @@ import torch
 
 from rat_megatron.ops import dilated_attention as reference
 from rat_megatron.ops import folded_attention
-from rat_megatron.pattern import HeadPattern, LayerPattern
+from rat_megatron.pattern import AttentionPattern, HeadPattern, LayerPattern
 
 SCALE, DIM = 0.3, 16
 # Pattern, length, query heads, key heads, sequences: no dilation, no window, length 1, below D, no multiple of D, W > T, S > T.
@@ -28,6 +28,15 @@ WHOLE = [
     ("s40", 33, 2, 2, 1),
     ("d64", 20, 1, 1, 1),
     ("w0", 1, 2, 2, 2),
+]
+# Pattern, length, query heads, key heads, sequences, head size: queries that the kernel turns.
+TURNED = [
+    ("d4", 37, 2, 2, 2, 16),
+    ("d4w3s2", 37, 4, 2, 1, 64),
+    ("w5s1", 33, 2, 1, 2, 16),
+    ("d8", 20, 2, 1, 1, 64),
+    ("d4w3", 1, 1, 1, 1, 16),
+    ("d4w3s2", 18, 1, 1, 1, 256),
 ]
 # Pattern, length, first query, keys held before it.
 SEGMENTS = [("d4s3", 30, 17, 0), ("d4w3s2", 30, 13, 5), ("w4s6", 25, 12, 8), ("d4s6", 30, 3, 0)]
@@ -48,8 +57,8 @@ def test_folds_only_what_cudnn_can_serve():
     assert folded_attention.whole_rows(q[:100], HeadPattern(16)) == 96
 
 
-def random(length: int, heads: int, batch: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(length, batch, heads, DIM).to(dtype).requires_grad_()
+def random(length: int, heads: int, batch: int, dtype: torch.dtype, dim: int = DIM) -> torch.Tensor:
+    return torch.randn(length, batch, heads, dim).to(dtype).requires_grad_()
 
 
 def compare(function, expected_function, inputs: list[torch.Tensor], tolerance: float) -> None:
@@ -86,6 +95,41 @@ def check_segment(word: str, length: int, start: int, before: int) -> None:
     compare(partial(fused.segment_attention, **options), partial(reference.segment_attention, kept_at=at, **options), inputs, 1e-5)
 
 
+def random_tables(length: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.randn(length, dim // 2).mul(3)
+    return angle.cos(), angle.sin()
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of x [s, b, np, hn] in float64, as a product of complex numbers."""
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos.double(), sin.double())[:, None, None]
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def check_turned(word: str, length: int, heads: int, groups: int, batch: int, dim: int, dtype: torch.dtype, tolerance: float) -> None:
+    pattern = AttentionPattern.parse(word).layer(0)
+    cos, sin = random_tables(length, dim)
+    inputs = [random(length, n, batch, dtype, dim) for n in (heads, groups, groups)]
+
+    def expected(q, k, v):
+        return reference.dilated_attention(turned(q, cos, sin), k, v, pattern, SCALE, implementation="masked")
+
+    def actual(q, k, v, cos=cos, sin=sin):
+        return reference.dilated_attention(q, k, v, pattern, SCALE, implementation="triton", cos=cos, sin=sin)
+
+    compare(lambda *inputs: actual(*inputs).contiguous(), expected, inputs, tolerance)
+    q, k, v = (x.detach() for x in inputs)
+    exact, outputs = expected(q.double(), k.double(), v.double()), [actual(q, k, v)]
+    wide = torch.randn(batch, length, 2 * heads, dim + 8).to(dtype)  # strides that are no multiple of each other
+    strided = wide[:, :, ::2, :dim].transpose(0, 1).copy_(q)
+    outputs.append(actual(strided, k, v, cos.T.contiguous().T, sin.T.contiguous().T))
+    for out in outputs:
+        assert out.dtype == dtype and (out.double() - exact).norm() <= tolerance * exact.norm()
+    assert torch.equal(*outputs)
+    alone = fused._turned(strided, cos, sin)  # what cuDNN is given
+    assert alone.is_contiguous() and (alone.double() - turned(q.double(), cos, sin)).norm() <= tolerance * q.double().norm()
+
+
 def check_any_memory_layout() -> None:
     head = HeadPattern.parse("d4w2s1")
     q = random(20, 2, 2, torch.float32).detach().transpose(0, 1).contiguous().transpose(0, 1)
@@ -109,6 +153,8 @@ def check_refuses_what_does_not_fit() -> None:
         ((q, q, q, HeadPattern(4), -1.0), "not positive"),
         ((q, q, q, HeadPattern(4), SCALE, "fast"), "not 'fast'"),
         ((q, q, q, HeadPattern(4), SCALE, "folded"), "does not fit the folded implementation"),
+        ((q, q, q, HeadPattern(4), SCALE, None, torch.ones(8, 8)), "needs both cos and sin"),
+        ((q, q, q, HeadPattern(4), SCALE, None, torch.ones(7, 8), torch.ones(7, 8)), r"must be \[s, hn / 2\]"),
     ]
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -128,6 +174,10 @@ if __name__ == "__main__":
     for case in WHOLE:
         check_whole(*case, torch.float32, 1e-5)
     check_whole("d8w5s2", 50, 4, 2, 1, torch.float16, 2e-3)
+    for case in TURNED:
+        check_turned(*case, torch.float32, 1e-5)
+    check_turned("d4w3s2", 37, 4, 2, 1, 64, torch.float16, 2e-3)
+    check_turned("{dense,d4,d4k3,w5s1}", 33, 4, 2, 2, 16, torch.float32, 1e-5)
     for case in SEGMENTS:
         check_segment(*case)
     check_any_memory_layout()

@@ -134,3 +134,23 @@ def test_refuses_what_does_not_fit():
         gated_scan(f, k, v, cos=torch.ones(9, 2), sin=torch.ones(9, 2))
     with pytest.raises(ValueError, match="'torch' or 'triton'"):
         definition.scan_summary(f, k, v, implementation="cuda")
+
+
+@in_interpreter
+@pytest.mark.parametrize(("query_width", "rope"), [(4, False), (12, True)])
+def test_scan_of_a_projection_is_that_of_its_slices(query_width, rope):
+    from rat_megatron.ops import gated_scan_triton
+
+    length, hn = 70, 4
+    tables = [table(torch.rand(length, hn // 2)) for table in (torch.cos, torch.sin)] if rope else [None, None]
+    projection = torch.randn(length, 1, 2, 2 * query_width + 3 * hn, requires_grad=True)
+    query, gate, k, v, f = projection.split([query_width, query_width, hn, hn, hn], dim=-1)
+    expected = query, gate, *gated_scan_triton.gated_scan(f, k, v, None, *tables)[:2]
+    weights = [torch.randn_like(x) for x in expected]
+    gradient = torch.autograd.grad(expected, projection, weights)
+    for function in (gated_scan_triton.scan_of_projection, partial(definition.scan_of_projection, implementation="torch")):
+        outputs = function(projection, query_width, *tables)
+        assert_close(outputs, expected)
+        assert_close(torch.autograd.grad(outputs, projection, weights), gradient)
+    with torch.no_grad():
+        assert_close(gated_scan_triton.scan_of_projection(projection, query_width, *tables), expected)

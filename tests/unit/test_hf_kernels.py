@@ -54,6 +54,38 @@ def test_results_are_those_without_kernels(pattern, lent, monkeypatch):
     torch.testing.assert_close(with_kernels, logits(), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["dense", "d4w3s2", "d4k3", "[d4w2,{dense*2,d4,w2s1}]"])
+@pytest.mark.parametrize("positions", ["counted", "of all rows", "of each row"])
+def test_the_kernels_turn_keys_and_queries_where_rows_have_the_same_positions(pattern, positions, lent, monkeypatch):
+    model, ids, given = tiny_model(pattern), random_tokens(2, 30), 3 * torch.arange(30) + 5
+    given = {"counted": None, "of all rows": given[None], "of each row": torch.stack([given, torch.arange(30)])}[positions]
+    monkeypatch.setattr(kernels, "apply_rotary", _noted(kernels.apply_rotary, "apply_rotary", lent))
+
+    def logits():
+        return model(ids, position_ids=given, use_cache=True).logits
+
+    with_kernels = logits()
+    assert "scan" in lent and ("apply_rotary" in lent) == (positions == "of each row")
+    monkeypatch.setattr(attention_ratplus, "kernels", None)
+    torch.testing.assert_close(with_kernels, logits(), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["dense", "d4w3s2", "d4k3"])
+def test_a_second_chunk_goes_on_at_positions_of_each_row(pattern, lent, monkeypatch):
+    model, rest = tiny_model(pattern), random_tokens(3, 9)
+    ids, mask = pad([random_tokens(n) for n in (3, 30, 11)])
+
+    def logits():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        return model(rest, attention_mask=torch.cat([mask, torch.ones_like(rest)], dim=1), past_key_values=cache).logits
+
+    with_kernels = logits()
+    monkeypatch.setattr(attention_ratplus, "kernels", None)
+    torch.testing.assert_close(with_kernels, logits(), rtol=0, atol=1e-5)
+
+
 def test_gradients_flow_through_the_kernels_of_whole_sequences(lent, monkeypatch):
     model, tokens = tiny_model("d4w3s2", torch.float64), random_tokens(2, 21)
     gradients = []

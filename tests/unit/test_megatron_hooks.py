@@ -40,6 +40,59 @@ def test_evaluation_and_flops_go_through_globals_of_training():
         assert "num_floating_point_operations(" in _source(caller)
 
 
+def test_cuda_graphs_go_through_the_global_and_keep_their_state_on_the_class():
+    from megatron.core import full_cuda_graph
+    from megatron.training import training
+
+    for caller in (training.train, training.evaluate):
+        assert "forward_backward_func = FullCudaGraphWrapper(\n" in _source(caller)
+    kept = {name for name, value in vars(full_cuda_graph.FullCudaGraphWrapper).items() if isinstance(value, dict)}
+    assert kept == {"curr_iteration", "cuda_graph", "result"}  # what rat_megatron.training.cuda_graphs has one of for every pattern
+    assert "FullCudaGraphWrapper.cuda_graph[training_str]" in _source(full_cuda_graph.FullCudaGraphWrapper.__call__)
+
+
+def test_each_pattern_has_a_graph_of_its_own_and_validation_none(monkeypatch):
+    from rat_megatron.training import cuda_graphs
+
+    monkeypatch.setattr(cuda_graphs, "unwrap_model", lambda model: model)
+    monkeypatch.setattr(cuda_graphs, "get_attention_pattern", lambda model: model)
+    base = cuda_graphs.FullCudaGraphWrapper
+
+    def captured(self, **kwargs):  # as Megatron's: the second call of a graph's life captures
+        if base.curr_iteration["training"] == 1:
+            base.cuda_graph["training"] = base.result["training"] = [{"lm loss": torch.tensor([float(len(kwargs["model"][0])), 1.0])}]
+        base.curr_iteration["training"] += 1
+        return base.result["training"]
+
+    monkeypatch.setattr(base, "__call__", captured)
+    graphs = cuda_graphs.CudaGraphOfEachPattern(lambda **kwargs: "without a graph", cuda_graph_warmup_steps=1)
+    losses = [graphs(model=[pattern], forward_only=False) for pattern in ("d64", "dense") * 3]
+    assert losses[:2] == [None, None] and losses[2] is losses[4] and losses[3] is losses[5]
+    assert (losses[2][0]["lm loss"][0], losses[3][0]["lm loss"][0]) == (3.0, 5.0)
+    assert graphs(model=["dense"], forward_only=True) == "without a graph"
+    cuda_graphs.forget_cuda_graphs()
+    assert graphs(model=["dense"], forward_only=False) is None
+    cuda_graphs.forget_cuda_graphs()
+
+
+def test_weight_gradients_are_added_through_names_of_the_module():
+    from megatron.core.tensor_parallel import layers
+
+    backward = _source(layers.LinearWithGradAccumulationAndAsyncCommunication.backward)
+    for kind in ("fp32", "fp16"):
+        assert f"fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_{kind}(\n" in backward
+    assert "not _grad_accum_fusion_available" in _source(layers.ColumnParallelLinear.__init__)
+
+
+def test_megatron_still_refuses_the_fused_cross_entropy_that_we_choose():
+    from megatron.core.models.common.language_module import language_module
+    from megatron.training import arguments
+
+    # When this fails, --cross-entropy-fusion-impl te can be a default in arguments.py, and builder.py needs no say.
+    assert "Transformer Engine cross entropy loss fusion is disabled" in _source(arguments.validate_args)
+    assert "te_parallel_cross_entropy(" in _source(language_module.LanguageModule.compute_language_model_loss)
+
+
 def test_checkpoint_tracker_is_written_through_the_module_global():
     from megatron.training import checkpointing, training
 

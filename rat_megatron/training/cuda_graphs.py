@@ -1,0 +1,40 @@
+"""CUDA graphs of whole training steps, one for every attention pattern: the host starts a step at once, not kernel by kernel.
+
+Megatron's own graph of a full iteration is one for all of training, and would replay the pattern that it was captured under.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
+from megatron.core.optimizer.optimizer_cuda_graph import OptimizerCudaGraphWrapper
+from megatron.core.utils import unwrap_model
+
+from rat_megatron.model.core_attention import get_attention_pattern
+
+_captured: dict[str, tuple[dict[str, Any], ...]] = {}  # by pattern, what FullCudaGraphWrapper keeps on its class
+
+
+class CudaGraphOfEachPattern(FullCudaGraphWrapper):
+    """Takes the place of FullCudaGraphWrapper, around a forward-backward function of Megatron's; validation runs without a graph."""
+
+    def __call__(self, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
+        """The losses of every microbatch, as the wrapped function returns them. None is checked: suspicious.py looks at their mean."""
+        if kwargs["forward_only"]:
+            return self.forward_backward_func(**kwargs)
+        pattern = str(get_attention_pattern(unwrap_model(kwargs["model"][0])))
+        nothing_yet = {"training": 0}, {"training": None}, {"training": None}
+        state = _captured.setdefault(pattern, nothing_yet)
+        FullCudaGraphWrapper.curr_iteration, FullCudaGraphWrapper.cuda_graph, FullCudaGraphWrapper.result = state
+        return super().__call__(**kwargs)
+
+
+def forget_cuda_graphs() -> None:
+    """Lets go of all captured graphs and their memory, the optimizer's too."""
+    _captured.clear()
+    FullCudaGraphWrapper.curr_iteration, FullCudaGraphWrapper.cuda_graph = {"training": 0}, {"training": None}
+    FullCudaGraphWrapper.result = {"training": None}
+    OptimizerCudaGraphWrapper.curr_iteration, OptimizerCudaGraphWrapper.cuda_graph, OptimizerCudaGraphWrapper.result = 0, None, None
+    StaticBufferLoader.static_buffers = {"training": [], "validation": []}

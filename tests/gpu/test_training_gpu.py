@@ -1,0 +1,53 @@
+"""pretrain_rat.py on a GPU: what its faster ways compute is what the plain ones do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=ImportError)
+
+from benchmarks import megatron_runs
+
+SIZES = "--num-layers 2 --hidden-size 256 --num-attention-heads 2 --ffn-hidden-size 512 --make-vocab-size-divisible-by 1 --seq-length 256"
+RECIPE = "--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --weight-decay 0.1 --adam-beta2 0.95 --seed 1005 --bf16"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return megatron_runs.random_data(tmp_path_factory.mktemp("data"), samples=64, seq_length=256, vocab_size=512)
+
+
+def losses_of(data, flags: str) -> torch.Tensor:
+    """Both losses and the sparse step's gradient norm of ten iterations, [10, 3]."""
+    words = f"{SIZES} {RECIPE} {OVERLAP} {flags}".split()
+    run = megatron_runs.run([*words, *megatron_runs.common_flags(data, iterations=10, tiny=True)])
+    megatron_runs.leave_groups()
+    return torch.tensor([[losses[name] for name in ("lm loss", "lm loss d64", "grad norm d64")] for losses in run.losses])
+
+
+# Repeated as it stands, a run differs by less than 2e-3 in bf16; FP8 rounds a hundred times as coarsely.
+@pytest.mark.parametrize(("fp8", "tolerance"), [("", 2e-3), (" ".join(megatron_runs.FP8), 2e-2)])
+def test_a_cuda_graph_of_each_pattern_trains_as_the_host_does(data, fp8, tolerance):
+    eager, graphs = losses_of(data, fp8), losses_of(data, f"{fp8} --cuda-graph-impl full_iteration --optimizer-cuda-graph")
+    torch.testing.assert_close(graphs, eager, rtol=tolerance, atol=0)
+    assert eager[-1, 0] < eager[0, 0] - 0.1
+
+
+def test_fused_gradients_and_loss_change_no_training(data):
+    fused = losses_of(data, "--cross-entropy-loss-fusion")
+    plain = losses_of(data, "--no-gradient-accumulation-fusion --transformer-impl local")
+    torch.testing.assert_close(fused, plain, rtol=5e-3, atol=0)
+
+
+def test_a_nan_under_a_cuda_graph_ends_the_run_and_names_its_samples(data, tmp_path):
+    flags = f"--cuda-graph-impl full_iteration --save {tmp_path} --lr 1e30 --clip-grad 0"
+    with pytest.raises(RuntimeError, match="found NaN in lm loss"):
+        losses_of(data, flags)
+    (note,) = (tmp_path / "suspicious_samples").glob("*-nan-lm-loss*.json")
+    assert len(json.loads(note.read_text())["sample_ids"]) == 4
