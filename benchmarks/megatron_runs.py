@@ -134,6 +134,7 @@ def megatron_restored() -> Iterator[None]:
     from megatron.core import full_cuda_graph
     from megatron.core.dist_checkpointing import validation
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from megatron.core.models.common.language_module import language_module
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import layers, random
@@ -142,7 +143,7 @@ def megatron_restored() -> Iterator[None]:
     from rat_megatron.training.cuda_graphs import forget_cuda_graphs
 
     load_state_dict = GPTModel.load_state_dict  # inherited
-    places = (checkpointing, full_cuda_graph, initialize, layers, random, training, validation)
+    places = (checkpointing, full_cuda_graph, initialize, language_module, layers, random, training, validation)
     before = [(place, dict(vars(place))) for place in (*places, TorchDistLoadShardedStrategy, DistributedOptimizer)]
     timestamps = dict(training._STARTUP_TIMESTAMPS)
     try:

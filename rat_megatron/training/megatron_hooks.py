@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron.core.dist_checkpointing.validation as validation
+import megatron.core.models.common.language_module.language_module as language_module
 import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 import megatron.core.tensor_parallel.layers as layers
 import megatron.training.checkpointing as checkpointing
@@ -44,6 +45,9 @@ def install_hooks(args: Namespace, exit_signal: EarlyExitSignal, watchdog: Watch
     # The wheel brings Megatron's dataset helpers compiled and no Makefile: the make that this function runs would end the program.
     initialize._compile_dependencies = lambda: None
 
+    if watchdog:  # the microbatches of a CUDA graph's replay pass without a word
+        training.train_step = watchdog.beating(training.train_step)
+
     # One iteration is two steps on microbatches drawn beforehand, and its duration is noted; train() calls the module's global.
     if args.rat_arl_pattern != "none":
         training.train_step = arl_train_step(training.train_step, AttentionPattern.parse(args.rat_arl_pattern), target)
@@ -56,6 +60,11 @@ def install_hooks(args: Namespace, exit_signal: EarlyExitSignal, watchdog: Watch
     # Apex's extension, for a product that Transformer Engine has too.
     if args.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = _WeightGradient, True
+
+    # Transformer Engine's cross-entropy (chosen in model/builder.py) may overwrite the logits, which nobody reads again; Megatron does
+    # not let it, and they would be in memory twice where memory is fullest.
+    if language_module.te_parallel_cross_entropy is not None:
+        language_module.te_parallel_cross_entropy = _cross_entropy_in_place
 
     # Validation under every pattern, and into report.json.
     patterns = [AttentionPattern.parse(word) for word in args.rat_eval_patterns]
@@ -113,6 +122,13 @@ class _WeightGradient:
         general_gemm(input, grad_output, out_dtype=total.dtype, layout="NT", out=total, accumulate=True, grad=True)
 
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def _cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, tp_group: Any, is_cg_capturable: bool) -> torch.Tensor:
+    """logits [s, b, v / tp], labels [s, b] -> losses [s, b] in fp32."""
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    return parallel_cross_entropy(logits.contiguous(), labels, dist_process_group=tp_group, overwrite_input=True)
 
 
 def _decay_every_parameter(get_megatron_optimizer_config):
