@@ -39,10 +39,10 @@ def test_a_cuda_graph_of_each_pattern_trains_as_the_host_does(data, fp8, toleran
     assert eager[-1, 0] < eager[0, 0] - 0.1
 
 
-def test_a_run_with_cuda_graphs_resumes(data, tmp_path):
-    graphs = "--cuda-graph-impl full_iteration"
-    uninterrupted = losses_of(data, graphs)
-    first, rest = (losses_of(data, f"{graphs} --save {tmp_path}", iterations) for iterations in (6, 10))
+@pytest.mark.parametrize("flags", ["--cuda-graph-impl full_iteration", "--use-precision-aware-optimizer"])
+def test_a_run_resumes(data, tmp_path, flags):
+    uninterrupted = losses_of(data, flags)
+    first, rest = (losses_of(data, f"{flags} --save {tmp_path}", iterations) for iterations in (6, 10))
     torch.testing.assert_close(torch.cat([first, rest]), uninterrupted, rtol=2e-3, atol=0)
 
 
