@@ -35,7 +35,7 @@ def submit(
         "DATA": data,
         "OUTPUT": output,
         "CHECKPOINT_SECONDS": 15,
-        "SLURM_WAIT": 15,  # seconds for all ranks to exit; on a busy machine one takes several longer than another
+        "SLURM_WAIT": 8,  # seconds for all ranks to exit; on a busy machine one takes several longer than another
         "NODE_CACHE": "/tmp/rat-slurm-test",
         "TMPDIR": "/dev/shm",  # which each of our nodes has for itself
         **environment,
