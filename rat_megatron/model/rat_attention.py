@@ -73,7 +73,9 @@ class RATSelfAttention(SelfAttention):
             of_queries, of_keys = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
             if of_keys is not None and self._scan_can_turn(of_keys):
                 self._key_angles, rotary_pos_emb = of_keys, (of_queries, None)
-        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        output = super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        self._key_angles = None  # who calls get_query_key_value_tensors() alone applies RoPE too
+        return output
 
     def _scan_can_turn(self, angles: Tensor) -> bool:
         """Whether angles [s, 1, 1, channels] are those of gated_scan's RoPE, and the whole sequence is here."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rat_megatron.ops.rope import turn
 from rat_megatron.pattern import HeadPattern
 
 
@@ -107,7 +108,7 @@ def decode_step(
     check_step(q, f, k, v, cos, sin, cache, lengths)
     gate, keep = torch.sigmoid(f.to(cache.state.dtype)), torch.sigmoid(-f.to(cache.state.dtype))
     cache.state.copy_(gate * cache.state + keep * torch.stack([k, v]).to(gate.dtype))
-    new_k = _rotate(cache.state[0], cos, sin).to(cache.k.dtype)
+    new_k = turn(cache.state[0], cos[:, None], sin[:, None]).to(cache.k.dtype)
     new_v = cache.state[1].to(cache.v.dtype)
 
     at, slot = lengths[:, None], torch.arange(cache.capacity, device=lengths.device)
@@ -118,7 +119,7 @@ def decode_step(
     keys, values = (
         torch.cat([kept.where(seen, 0), new[:, :, None]], dim=2).to(gate.dtype) for kept, new in ((cache.k, new_k), (cache.v, new_v))
     )
-    queries = _rotate(q.to(gate.dtype), cos, sin).unflatten(1, (k.shape[1], -1))  # [b, ng, np / ng, hn]
+    queries = turn(q.to(gate.dtype), cos[:, None], sin[:, None]).unflatten(1, (k.shape[1], -1))  # [b, ng, np / ng, hn]
     scores = queries @ keys.mT * softmax_scale
     hidden = torch.nn.functional.pad(~seen.mT, (0, 1))  # the token sees itself
     out = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ values
@@ -139,10 +140,3 @@ def check_step(q, f, k, v, cos, sin, cache: DecodeCache, lengths) -> None:
     if not cos.shape == sin.shape == (batch, head_dim // 2) or lengths.shape != (batch,):
         shapes = [list(x.shape) for x in (cos, sin, lengths)]
         raise ValueError(f"cos, sin and lengths must be {[batch, head_dim // 2]} twice and {[batch]}, not {shapes}")
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate-half RoPE of x [b, heads, hn] in the type of x; cos and sin [b, hn / 2]."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = (table[:, None].to(x.dtype) for table in (cos, sin))
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from rat_megatron.ops.gated_scan import check_rope
 from rat_megatron.ops.kernels import triton_takes
+from rat_megatron.ops.rope import check_rope, turn
 from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.pattern import HeadPattern, LayerPattern
 
@@ -85,14 +85,6 @@ def dilated_attention(
             order += members
         out = torch.cat(outputs, dim=1)[:, sorted(range(heads), key=order.__getitem__)]
     return out.permute(2, 0, 1, 3)
-
-
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate-half RoPE of x [..., hn] by cos and sin that broadcast to [..., hn / 2]: in fp32 (float64), rounded once to the type of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat([(low * cos - high * sin).to(x.dtype), (high * cos + low * sin).to(x.dtype)], dim=-1)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, **mask) -> torch.Tensor:

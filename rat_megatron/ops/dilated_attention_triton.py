@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops import dilated_kernels_triton as kernels
 from rat_megatron.ops import folded_attention
-from rat_megatron.ops.dilated_attention import turn
-from rat_megatron.ops.gated_scan import check_rope
+from rat_megatron.ops.rope import check_rope, turn
 from rat_megatron.pattern import HeadPattern
 
 # Kept keys from which cuDNN on folded queries is faster than the kernels here. Measured on an H100, forward; half of it is a tie.
@@ -43,7 +42,7 @@ def dilated_attention(
     and head h reads group h // (np // ng). hn is a power of two from 16 to 256. Returns [s, b, np, hn], contiguous.
     ``implementation`` overrides how the dilated past is computed: "triton", or "folded" for cuDNN on folded queries, whose backward
     is not deterministic and therefore never the choice when gradients are wanted. cos and sin [s, hn / 2]: q comes before RoPE and is
-    turned by them, as dilated_attention.turn() does. Raises ValueError for inputs that do not fit.
+    turned by them, as rope.turn() does. Raises ValueError for inputs that do not fit.
     """
     _check(q, k, v, head, softmax_scale)
     check_rope(q, cos, sin)
@@ -64,7 +63,7 @@ def dilated_attention(
 
 
 def _turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """dilated_attention.turn() in one pass, without gradients."""
+    """rope.turn() in one pass, without gradients."""
     q = q if q.stride(3) == 1 else q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grid = q.shape[1] * q.shape[2], triton.cdiv(len(q), 32)

@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops.kernels import triton_takes
+from rat_megatron.ops.rope import check_rope, turn
 
 # Steps run one after the other inside a chunk while all chunks advance together. 16 to 64 are equally fast on a CPU for 256 to
 # 4096 tokens; a plain loop over tokens takes up to four times as long, a log-depth scan over tokens up to eight times.
@@ -49,9 +50,7 @@ def gated_scan(
     if cos is None:
         return _GatedScan.apply(f, k, v, initial_state.to(dtype))
     keys, values, final = _GatedScan.apply(f, k.to(dtype), v, initial_state.to(dtype))  # the keys are rounded once, after RoPE
-    low, high = keys.chunk(2, dim=-1)
-    cos, sin = (table[:, None, None].to(dtype) for table in (cos, sin))
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(k.dtype), values, final
+    return turn(keys, cos[:, None, None], sin[:, None, None]).to(k.dtype), values, final
 
 
 def scan_of_projection(
@@ -114,16 +113,6 @@ def adjoint_summary(f: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor,
     gate, _ = _gates(f, _check(f, grad_k, grad_v))
     _, first = _reduce(gate.roll(-1, 0).flip(0), torch.stack([grad_k, grad_v]).to(gate.dtype).flip(1))
     return gate[0] * first
-
-
-def check_rope(k: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
-    """Raises ValueError unless cos and sin are both absent or both [s, hn / 2] for k [s, b, ng, hn]."""
-    if (cos is None) != (sin is None):
-        raise ValueError("RoPE needs both cos and sin")
-    if cos is not None and (k.shape[3] % 2 or not cos.shape == sin.shape == (k.shape[0], k.shape[3] // 2)):
-        raise ValueError(
-            f"cos and sin must be [s, hn / 2], not {list(cos.shape)} and {list(sin.shape)} for keys or queries {list(k.shape)}"
-        )
 
 
 def _use_triton(implementation: str | None, *tensors: torch.Tensor) -> bool:

@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rat_megatron.ops.gated_scan import check_rope, projection_widths
+from rat_megatron.ops.gated_scan import projection_widths
 from rat_megatron.ops.gated_scan_kernels_triton import gated_scan_backward, gated_scan_forward, gated_scan_join, gated_scan_summary
+from rat_megatron.ops.rope import check_rope
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -157,7 +157,7 @@ def _check_and_derive(args: Namespace) -> dict[str, Any]:
         "max_position_embeddings": args.max_position_embeddings or args.seq_length,
         "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
     }
-    if args.cuda_graph_impl == "full_iteration":  # Megatron insists; training/cuda_graphs.py looks for NaN after every step
+    if args.cuda_graph_impl == "full_iteration":  # Megatron insists; training/cuda_graphs.py looks for NaN after every iteration
         derived["check_for_nan_in_loss_and_grad"] = False
     _check_checkpoints(args, derived)
     return derived
@@ -186,13 +186,13 @@ def _check_features(args: Namespace) -> None:
     for flag, value in refused.items():
         if value:
             raise UserError(f"{flag} is not part of a RAT+ layer: leave it out")
-    if args.cuda_graph_impl != "none" and not cuda:
-        raise UserError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out on this machine")
     if args.cuda_graph_impl in ("local", "transformer_engine"):
         raise UserError(
             f"--cuda-graph-impl {args.cuda_graph_impl} would train one attention pattern where active recurrence learning and validation "
             "have several: use --cuda-graph-impl full_iteration"
         )
+    if args.cuda_graph_impl != "none" and not cuda:
+        raise UserError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out on this machine")
     if args.rampup_batch_size or args.step_batch_size_schedule:
         raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
     if args.dataloader_type != "external" or args.mock_data:

@@ -36,41 +36,46 @@ def nan_noted(sample_ids: torch.Tensor) -> Callable[[torch.Tensor], bool]:
 def jumps_noted(train_step: Callable) -> Callable:
     """Wraps Megatron's ``train_step``: a loss far above its running mean is logged and noted, with the samples of the whole batch.
 
-    Far is six standard deviations of the last fifty iterations or so. Under a CUDA graph, where no microbatch can be checked, a NaN is
-    noted the same way and ends the run with a RuntimeError, before anything is saved. Megatron has read the gradient norm from the
-    device by then, so reading the losses costs no further wait.
+    Far is six standard deviations of the last fifty iterations or so. Under a CUDA graph, where no microbatch can be checked, a loss or
+    gradient norm that is not finite is noted the same way and ends the run with a RuntimeError, before its update can be saved.
+    Megatron has read the gradient norm from the device by then, so reading the losses costs no further wait.
     """
     tracks: dict[str, _Track] = {}
 
     def step(forward_step_func: Callable, data_iterator: Any, *args: Any, **kwargs: Any) -> tuple:
         result = train_step(forward_step_func, data_iterator, *args, **kwargs)
+        if get_args().cuda_graph_impl == "full_iteration" and result[0]:
+            _end_unless_finite({**result[0], "grad norm": result[5]}, data_iterator)
         for name, loss in (result[0] or {}).items():  # on the last pipeline stage, where the losses are; alike on all its ranks
             if "loss" not in name:
                 continue
             loss, iteration = float(loss), get_args().curr_iteration + 1
-            title = name.replace(" ", "-")
-            if math.isnan(loss) and get_args().cuda_graph_impl == "full_iteration":
-                _note_batch(f"iteration-{iteration:07d}-nan-{title}", iteration, f"NaN of {name}", data_iterator)
-                raise RuntimeError(
-                    f"found NaN in {name} of iteration {iteration}: its samples are in {FOLDER_NAME}, beside the checkpoints"
-                )
             if (mean := tracks.setdefault(name, _Track()).jumped_from(loss)) is not None:
                 facts = {"loss": loss, "running_mean": mean}
-                if _note_batch(f"iteration-{iteration:07d}-jump-{title}", iteration, f"jump of {name}", data_iterator, **facts):
+                if _note_batch("jump", name, iteration, data_iterator, **facts):
                     print(f"rat-megatron: {name} jumped from {mean:.4f} to {loss:.4f} at iteration {iteration}", flush=True)
         return result
 
     return step
 
 
-def _note_batch(name: str, iteration: int, reason: str, data_iterator: Any, **facts: float) -> bool:
+def _end_unless_finite(values: dict[str, Any], data_iterator: Any) -> None:
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):  # None: no parameters on this rank
+            iteration = get_args().curr_iteration + 1
+            _note_batch("nan", name, iteration, data_iterator)
+            raise RuntimeError(f"found {float(value)} in {name} of iteration {iteration}: see {FOLDER_NAME}/ beside the checkpoints")
+
+
+def _note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **facts: float) -> bool:
     """Notes the samples of the whole global batch; returns whether this is the one rank of the last stage that wrote them."""
     ids = sum((it.sample_ids() for it in unwrap_iterators(data_iterator)[:1]), [])
     every: list = [None] * mpu.get_data_parallel_world_size()
     torch.distributed.all_gather_object(every, ids, group=mpu.get_data_parallel_group())
     first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
     if first:
-        _note(name, iteration, reason, sum(every, []), **facts)
+        file_name = f"iteration-{iteration:07d}-{kind}-{name.replace(' ', '-')}"
+        _note(file_name, iteration, f"{kind} of {name}", sum(every, []), **facts)
     return first
 
 

@@ -54,7 +54,7 @@ def test_fused_gradients_and_loss_change_no_training(data):
 
 def test_a_nan_under_a_cuda_graph_ends_the_run_and_names_its_samples(data, tmp_path):
     flags = f"--cuda-graph-impl full_iteration --save {tmp_path} --lr 1e30 --clip-grad 0"
-    with pytest.raises(RuntimeError, match="found NaN in lm loss"):
+    with pytest.raises(RuntimeError, match="found nan in lm loss"):
         losses_of(data, flags)
     (note,) = (tmp_path / "suspicious_samples").glob("*-nan-lm-loss*.json")
     assert len(json.loads(note.read_text())["sample_ids"]) == 4

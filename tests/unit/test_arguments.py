@@ -77,6 +77,7 @@ BAD = {
     "unknown preset": (["--rat-preset", "3b"], "invalid choice: '3b'"),
     "not a number": (["--num-layers", "two"], "invalid int value: 'two'"),
     "CUDA graph": (["--cuda-graph-impl", "full_iteration"], "--cuda-graph-impl full_iteration needs a GPU"),
+    "CUDA graph of a layer": (["--cuda-graph-impl", "local"], "local would train one attention pattern .* use .* full_iteration"),
     "MoE": (["--num-experts", "4"], "--num-experts is not part of a RAT\\+ layer"),
     "heads and hidden size": (["--hidden-size", "30"], "--num-attention-heads 4 does not divide --hidden-size 30"),
     "tensor parallel size": (["--tensor-model-parallel-size", "3"], "does not divide the 4 query groups"),

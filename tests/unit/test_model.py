@@ -131,6 +131,16 @@ def test_any_length_down_to_one_token(length):
     assert relative(logits_of(model, tokens).detach(), expected) < 1e-5
 
 
+def test_keys_are_turned_in_a_forward_pass_alone():
+    model = build()
+    attention = model.decoder.layers[0].self_attention
+    hidden = torch.randn(12, 1, model.config.hidden_size)
+    query, key, value, gate = attention.get_query_key_value_tensors(hidden)
+    logits_of(model, torch.randint(0, 20, (1, 12)))
+    for after, before in zip(attention.get_query_key_value_tensors(hidden), (query, key, value, gate), strict=True):
+        assert torch.equal(after, before)
+
+
 def test_gelu_is_exact_and_matrices_start_alike():
     from megatron.core.models.gpt import GPTModel
 

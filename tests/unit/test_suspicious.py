@@ -6,9 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
+import torch
 
+from rat_megatron.training import suspicious
+from rat_megatron.training.arl import StepIterator
 from rat_megatron.training.suspicious import _Track
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
 
@@ -64,6 +68,30 @@ def test_a_run_without_progress_shows_its_stacks_and_ends(tiny_data, tmp_path):
     result = run_faulty(tiny_data, tmp_path, 5, "time.sleep(1000)", "--train-iters", 3, "--rat-hang-timeout-in-mins", "0.05")
     assert result.returncode == 1
     assert "most recent call first" in result.stderr and "in faulty" in result.stderr and "no progress for 0.05 minutes" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["lm loss", "lm loss d64", "grad norm d64", "grad norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_under_a_cuda_graph_what_is_not_finite_ends_the_run(megatron_process, name, value, tmp_path, monkeypatch):
+    options = Namespace(curr_iteration=6, save=str(tmp_path), data_path=["data"], cuda_graph_impl="full_iteration")
+    monkeypatch.setattr(suspicious, "get_args", lambda: options)
+    values = {"lm loss": 2.0, "lm loss d64": 2.1, "grad norm d64": 0.5, "grad norm": 0.4}
+    source = StepIterator(iter([{"sample_ids": torch.tensor([7, 3])}]))
+    source.load(1)
+
+    def train_step(*_):
+        *losses, (_, norm) = values.items()
+        return {key: torch.tensor(number) for key, number in losses}, 0, False, False, None, norm, None, 0
+
+    step = suspicious.jumps_noted(train_step)
+    step(None, source)
+    values[name] = value
+    with pytest.raises(RuntimeError, match=f"found {value} in {name} of iteration 7: see suspicious_samples/"):
+        step(None, source)
+    note = json.loads((tmp_path / f"suspicious_samples/iteration-0000007-nan-{name.replace(' ', '-')}.json").read_text())
+    assert note["sample_ids"] == [3, 7] and note["reason"] == f"nan of {name}"
+    options.cuda_graph_impl = "none"  # there Megatron has checked every microbatch
+    step(None, source)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])
