@@ -31,6 +31,7 @@ from rat_megatron.training.arl import arl_train_step, step_loaded_first
 from rat_megatron.training.cuda_graphs import CudaGraphOfEachPattern
 from rat_megatron.training.exit_signal import EarlyExitSignal
 from rat_megatron.training.flops import iteration_flops
+from rat_megatron.training.main_params import with_main_params_split, with_whole_main_params
 from rat_megatron.training.metrics import RunReport
 from rat_megatron.training.patterns_eval import evaluate_patterns, record_losses
 from rat_megatron.training.suspicious import jumps_noted
@@ -94,6 +95,11 @@ def install_hooks(args: Namespace, exit_signal: EarlyExitSignal, watchdog: Watch
     # to be padded (its length is no multiple of 128 and of the data-parallel size): moments and master weights would be lost silently.
     optimizer = distrib_optimizer.DistributedOptimizer
     optimizer.sharded_param_state_fully_reshardable = _from_padded_buckets(optimizer.sharded_param_state_fully_reshardable)
+
+    # --use-precision-aware-optimizer: a fully reshardable checkpoint would hold as numbers the halves of fp32 parameters that Transformer
+    # Engine keeps, and could not be loaded.
+    optimizer._get_main_param_and_optimizer_states = with_whole_main_params(optimizer._get_main_param_and_optimizer_states)
+    optimizer._set_main_param_and_optimizer_states = with_main_params_split(optimizer._set_main_param_and_optimizer_states)
 
     # The distributed optimizer cannot resume with torch's Adam (neither Transformer Engine nor Apex): it fails when asked for its state
     # before the first step, then over the step count, which torch keeps per parameter, and would count each step many times.

@@ -213,6 +213,40 @@ def test_megatron_still_takes_parameters_from_packed_buckets_by_their_padded_pla
     assert _with_padding(None, []) is None
 
 
+def test_main_params_are_saved_whole_and_kept_in_halves():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from rat_megatron.training.main_params import join, split, with_main_params_split, with_whole_main_params
+
+    # Remainders would pass through these as they are: into a buffer of fp32, and back into set_scaled_state(), which wants int16.
+    for method in ("_get_main_param_and_optimizer_states", "_set_main_param_and_optimizer_states"):
+        assert "master_param" in _source(getattr(DistributedOptimizer, method))
+    assert 'dtype=torch.float32, device="cpu"' in _source(DistributedOptimizer.get_parameter_state_dp_zero)
+
+    main = torch.cat([torch.randn(5000), torch.randn(1000) * 1e-30, torch.tensor([0.0, -0.0, 1.0, -1.0])])
+    main = main[main.view(torch.int32) % 2**16 != 2**15]  # in the middle between two bf16 numbers: below
+    rounded_up = ((main.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)  # as the optimizer splits
+    for parameter in (rounded_up, main.bfloat16()):
+        remainder = split(parameter, main)
+        assert remainder.dtype == torch.int16
+        assert torch.equal(join(parameter, remainder).view(torch.int32), main.view(torch.int32))
+    between = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch rounds these to even: down
+    assert torch.equal(join(between.bfloat16(), split(between.bfloat16(), between)).view(torch.int32), between.view(torch.int32) - 1)
+    with pytest.raises(ValueError, match="not its fp32 main parameter"):
+        split(rounded_up, main * 1.01)
+
+    inner = Namespace(store_param_remainders=True, param_groups=[{"params": [rounded_up]}])
+    config = Namespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True)
+    holder, kept = Namespace(optimizer=inner, config=config, model_param_group_index_map={"weight": (0, 0)}), {}
+    with_main_params_split(lambda self, name, tensors: kept.update(tensors))(holder, "weight", {"param": main, "exp_avg": main})
+    assert kept["param"].dtype == torch.int16 and kept["exp_avg"] is main
+    whole = with_whole_main_params(lambda self, name: dict(kept))(holder, "weight")
+    assert torch.equal(whole["param"].view(torch.int32), main.view(torch.int32)) and whole["exp_avg"] is main
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
+    with_main_params_split(lambda self, name, tensors: kept.update(tensors))(holder, "weight", {"param": main})
+    assert kept["param"] is main
+
+
 def test_megatron_still_cannot_resume_its_distributed_optimizer_with_torchs_adam():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

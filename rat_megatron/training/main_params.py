@@ -1,0 +1,65 @@
+"""The fp32 main parameters of --use-precision-aware-optimizer, whole in checkpoints.
+
+Transformer Engine's Adam keeps of each only what the bf16 parameter lacks: the difference of their bits, sixteen of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LOW, _HIGH = -(2**15), 2**15 - 1
+
+
+def with_whole_main_params(get_states: Callable) -> Callable:
+    """Wraps DistributedOptimizer's ``_get_main_param_and_optimizer_states``: the main parameter comes out as fp32."""
+
+    def get(self: Any, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = get_states(self, model_param)
+        if tensors["param"].dtype == torch.int16:
+            tensors["param"] = join(_parameter(self, model_param), tensors["param"])
+        return tensors
+
+    return get
+
+
+def with_main_params_split(set_states: Callable) -> Callable:
+    """Wraps ``_set_main_param_and_optimizer_states``: an fp32 main parameter goes in as what the optimizer keeps of it."""
+
+    def set_split(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and getattr(self.optimizer, "store_param_remainders", False):
+            parameter = _parameter(self, model_param)
+            if parameter.dtype == torch.bfloat16:
+                tensors = tensors | {"param": split(parameter, tensors["param"].to(parameter.device))}
+        set_states(self, model_param, tensors)
+
+    return set_split
+
+
+def join(parameter: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """The fp32 main parameter of a bf16 parameter and its int16 remainder, all of one shape."""
+    return (_bits(parameter) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def split(parameter: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
+    """The int16 remainder of a main parameter, fp32, beside the bf16 parameter that was rounded from it, all of one shape.
+
+    join() gives the main parameter back bit by bit, but for one in the middle between two bf16 numbers that was rounded down to even,
+    as torch rounds and this optimizer does not: it loses its last bit. Raises ValueError if ``parameter`` was not rounded from ``main``.
+    """
+    difference = main.float().contiguous().view(torch.int32) - _bits(parameter)
+    if ((difference < _LOW) | (difference > _HIGH + 1)).any():
+        raise ValueError("a bf16 parameter of this checkpoint is not its fp32 main parameter, rounded")
+    return difference.clamp(_LOW, _HIGH).to(torch.int16)
+
+
+def _bits(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().contiguous().view(torch.int16).to(torch.int32) << 16
+
+
+def _parameter(optimizer: Any, model_param: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter of the model, as the optimizer updates it."""
+    group, order = optimizer.model_param_group_index_map[model_param]
+    return optimizer.optimizer.param_groups[group]["params"][order]
