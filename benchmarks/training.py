@@ -34,6 +34,7 @@ _GPT = [*_WITHOUT_ARL, "--no-rat-recurrence"]
 RUNS: dict[str, tuple[str, list[str], float | None]] = {
     "arl-1.5b": ("1.5b", _GRAPHS, 25700),
     "arl-1.5b without graphs": ("1.5b", [], 25700),
+    "arl-1.5b precision-aware": ("1.5b", [*_GRAPHS, "--use-precision-aware-optimizer"], 25700),
     "arl-1.5b-fp8": ("1.5b", [*_GRAPHS, *FP8], 1.9 * 17165),
     "arl-2.6b": ("2.6b", _GRAPHS, 1.5 * 8947),
     "arl-2.6b-fp8": ("2.6b", [*_GRAPHS, *FP8], 2 * 8947),
@@ -142,11 +143,11 @@ def _ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def _line(name: str, result: dict[str, Any]) -> str:
     if "error" in result:
-        return f"{name:24}failed: {result['error'][:400]}"
+        return f"{name:26}failed: {result['error'][:400]}"
     goal = f"goal {result['goal']:,.0f} {'met' if result['tokens_per_second'] >= result['goal'] else 'MISS'}" if result["goal"] else ""
     seconds = result["seconds"]
     return (
-        f"{name:24}{result['tokens_per_second']:>10,.0f} tokens/s {goal:18}  iteration {seconds['median']:.3f} s "
+        f"{name:26}{result['tokens_per_second']:>10,.0f} tokens/s {goal:18}  iteration {seconds['median']:.3f} s "
         f"({seconds['lowest']:.3f}-{seconds['highest']:.3f})  peak {result['peak_gigabytes']:.1f} GB  "
         f"MFU {result['model_flops_utilisation']:.1%}  {result['parameters'] / 1e9:.3f}B parameters  "
         f"left behind {result['left_behind_gigabytes']:.2f} GB"

@@ -57,7 +57,7 @@ class RATSelfAttention(SelfAttention):
             name=name,
         )
         self.linear_qkv_out_dim += forget_gate_width
-        self._key_angles: Tensor | None = None
+        self._angles: Tensor | None = None
 
     def forward(
         self,
@@ -67,14 +67,13 @@ class RATSelfAttention(SelfAttention):
         rotary_pos_emb: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Megatron's Attention.forward, whose key angles the scan takes where it can: RoPE then costs the keys no pass over memory."""
-        self._key_angles = None
-        if rotary_pos_emb is not None:
-            of_queries, of_keys = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-            if of_keys is not None and self._scan_can_turn(of_keys):
-                self._key_angles, rotary_pos_emb = of_keys, (of_queries, None)
+        """Megatron's Attention.forward, whose RoPE the scan takes over where it can: the keys then need no pass over memory for it."""
+        self._angles = None
+        of_queries, of_keys = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+        if of_keys is not None and of_keys is of_queries and self._scan_can_turn(of_keys):
+            self._angles, rotary_pos_emb = of_keys, None
         output = super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        self._key_angles = None  # who calls get_query_key_value_tensors() alone applies RoPE too
+        self._angles = None  # who calls get_query_key_value_tensors() alone applies RoPE too
         return output
 
     def _scan_can_turn(self, angles: Tensor) -> bool:
@@ -87,7 +86,7 @@ class RATSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden_states [s, b, h] -> query [s, b, np, hn], key and value [s, b, ng, hn] after the recurrence, output gate [s, b, np, hn].
 
-        The caller applies RoPE, to the recurrent keys too unless forward() left these to the scan.
+        The caller applies RoPE, to the recurrent keys too, unless forward() left it to the scan.
         """
         mixed_qkv, _ = self.linear_qkv(hidden_states)
         groups, hn = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
@@ -104,10 +103,10 @@ class RATSelfAttention(SelfAttention):
 
     def _cos_and_sin(self, length: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Of the angles that forward() left to the scan, [s, hn / 2] each: computed once, since all layers are given the same tensor."""
-        if self._key_angles is None:
+        if self._angles is None:
             return None, None
-        if RATSelfAttention._tables[0] is not self._key_angles:
-            angles = self._key_angles[:, 0, 0, : self.hidden_size_per_attention_head // 2]
-            RATSelfAttention._tables = self._key_angles, angles.cos(), angles.sin()
+        if RATSelfAttention._tables[0] is not self._angles:
+            angles = self._angles[:, 0, 0, : self.hidden_size_per_attention_head // 2]
+            RATSelfAttention._tables = self._angles, angles.cos(), angles.sin()
         _, cos, sin = RATSelfAttention._tables
         return cos[:length], sin[:length]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops import dilated_kernels_triton as kernels
-from rat_megatron.ops import folded_attention
+from rat_megatron.ops import folded_attention, rope_triton
 from rat_megatron.ops.rope import check_rope, turn
 from rat_megatron.pattern import HeadPattern
 
@@ -58,18 +58,8 @@ def dilated_attention(
         folded = folded_attention.can_fold(q, head) and q.shape[0] >= _FOLD_FROM * head.dilation
     tables = () if cos is None else (cos.contiguous(), sin.contiguous())
     if tables and (learning or folded):  # backward and cuDNN read the turned queries
-        q, tables = turn(q, cos[:, None, None], sin[:, None, None]) if learning else _turned(q, *tables), ()
+        q, tables = turn(q, cos[:, None, None], sin[:, None, None]) if learning else rope_triton.turn(q, *tables), ()
     return _DilatedAttention.apply(q, k, v, k.detach()[:0], v.detach()[:0], head, softmax_scale, 0, folded, tables)
-
-
-def _turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """rope.turn() in one pass, without gradients."""
-    q = q if q.stride(3) == 1 else q.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grid = q.shape[1] * q.shape[2], triton.cdiv(len(q), 32)
-    if out.numel():
-        kernels.dilated_attention_turn[grid](q, out, cos, sin, *q.stride()[:3], q.shape[2], len(q), HN=q.shape[3], BM=32, num_warps=4)
-    return out
 
 
 def segment_attention(

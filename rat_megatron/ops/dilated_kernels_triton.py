@@ -74,16 +74,6 @@ def _store(x, row, stride, count, value, HN: tl.constexpr):
     tl.store(at, value.to(x.dtype.element_ty), mask=(row < count)[:, None])
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def dilated_attention_turn(q, out, cos, sin, q_s, q_b, q_h, heads, rows, HN: tl.constexpr, BM: tl.constexpr):
-    """Rotate-half RoPE of a block of queries of one head."""
-    flat = tl.program_id(0)
-    q += (flat // heads).to(tl.int64) * q_b + (flat % heads).to(tl.int64) * q_h
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    q_tile = _turned(_load(q, row, q_s, rows, HN), q, row, q_s, rows, cos, sin, HN)
-    _store(out + flat * HN, row, tl.num_programs(0) * HN, rows, q_tile, HN)
-
-
 @triton.jit
 def _assignment():
     """The head, counted over all sequences, and the block of queries of this program.

@@ -63,14 +63,22 @@ def scan_of_projection(
     """gated_scan on a layer's fused projection, whose gradient the kernels write in its place instead of joining five.
 
     projection: [s, b, ng, 2 * query_width + 3 * hn], in every group [query | output gate | k | v | f]. Returns query and output gate
-    [s, b, ng, query_width], which are slices of it, and k~ and v~ [s, b, ng, hn]. Everything else as in gated_scan, from no state.
+    [s, b, ng, query_width], and k~ and v~ [s, b, ng, hn]. Given cos and sin, RoPE turns the queries too, whose width then is a multiple of
+    hn; the kernels then use their place in the projection, which is not to be read again. Else query and gate are slices of the
+    projection. Everything else as in gated_scan, from no state.
     """
-    query, gate, k, v, f = projection.split(projection_widths(projection, query_width), dim=-1)
+    widths = projection_widths(projection, query_width)
+    query, gate, k, v, f = projection.split(widths, dim=-1)
+    if cos is not None and query_width % k.shape[3]:
+        raise ValueError(f"RoPE turns whole heads of {k.shape[3]} channels, not queries of {query_width}")
     if _use_triton(implementation, f, k, v):
         from rat_megatron.ops.gated_scan_triton import scan_of_projection as scan_triton
 
         return scan_triton(projection, query_width, cos, sin)
     keys, values, _ = gated_scan(f, k, v, None, cos, sin, implementation)
+    if cos is not None:
+        heads = query.unflatten(-1, (-1, k.shape[3]))
+        query = turn(heads, cos[:, None, None, None], sin[:, None, None, None]).flatten(-2)
     return query, gate, keys, values
 
 

@@ -35,7 +35,7 @@ from rat_megatron.ops.gated_scan_parts_triton import (
 @triton.jit
 def gated_scan_forward(
     f, k, v, out_k, out_v, initial, chain, saved, final, cos, sin, length, heads, groups,
-    f_s, f_b, f_g, k_s, k_b, k_g, v_s, v_b, v_g, o_s, o_b, o_g,
+    f_s, f_b, f_g, k_s, k_b, k_g, v_s, v_b, v_g, o_s, o_b, o_g, saved_s, saved_part, saved_b, saved_g, saved_half,
     HN: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     INITIAL: tl.constexpr, SAVE: tl.constexpr, ROPE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -52,6 +52,8 @@ def gated_scan_forward(
     out = origin(head, groups, o_b, o_g) + first * o_s + lane
     size = tl.cast(heads, tl.int64) * HN
     here = head.to(tl.int64) * HN + lane + tl.zeros((WIDTH, 1), tl.int32)
+    if SAVE:
+        saved += origin(head, groups, saved_b, saved_g) + lane
 
     a_l = tl.full((WIDTH, HALF), 1.0, tl.float32)
     k_l = tl.zeros((WIDTH, HALF), tl.float32)
@@ -92,8 +94,8 @@ def gated_scan_forward(
 
     if KEEP:
         _emit(
-            f_low, f_high, k_low, k_high, v_low, v_high, k_l, k_h, v_l, v_h, out_k + out, out_v + out, o_s, saved, size, here,
-            cos, sin, first, lane, low, high, left, PAIR, STEPS, EVEN, SAVE, ROPE,
+            f_low, f_high, k_low, k_high, v_low, v_high, k_l, k_h, v_l, v_h, out_k + out, out_v + out, o_s,
+            saved, saved_s, saved_part, saved_half, cos, sin, first, lane, low, high, left, PAIR, STEPS, EVEN, SAVE, ROPE,
         )  # fmt: skip
     else:
         for block in range(BLOCKS):
@@ -103,20 +105,20 @@ def gated_scan_forward(
             v_low, v_high = load_halves(v + at * v_s, v_s, 0.0, PAIR, low, high, left - at, STEPS, EVEN)
             k_l, k_h, v_l, v_h = _emit(
                 f_low, f_high, k_low, k_high, v_low, v_high, k_l, k_h, v_l, v_h, out_k + out + at * o_s, out_v + out + at * o_s, o_s,
-                saved, size, here, cos, sin, first + at, lane, low, high, left - at, PAIR, STEPS, EVEN, SAVE, ROPE,
+                saved, saved_s, saved_part, saved_half, cos, sin, first + at, lane, low, high, left - at, PAIR, STEPS, EVEN, SAVE, ROPE,
             )  # fmt: skip
 
 
 @triton.jit
 def _emit(
     f_low, f_high, k_low, k_high, v_low, v_high, k_l, k_h, v_l, v_h, out_k, out_v, o_s,
-    saved, size, here, cos, sin, first, lane, low, high, left,
+    saved, saved_s, saved_part, saved_half, cos, sin, first, lane, low, high, left,
     PAIR: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """Runs each row's steps from the state before them, writes what comes out and returns the state after them."""
     if SAVE:
-        state = saved + first // STEPS * 2 * size + here
-        store_state(state, size, PAIR, k_l, k_h, v_l, v_h, low & (left > 0), high & (left > 0))
+        state = saved + first // STEPS * saved_s
+        store_state(state, saved_part, saved_half, k_l, k_h, v_l, v_h, low & (left > 0), high & (left > 0))
     k_low, v_low, k_l, v_l = run(f_low, k_low, v_low, k_l, v_l, STEPS)
     k_high, v_high, k_h, v_h = run(f_high, k_high, v_high, k_h, v_h, STEPS)
     if ROPE:
@@ -134,6 +136,7 @@ def _emit(
 def gated_scan_backward(
     f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, chain, grad_initial, grad_final, cos, sin, length, heads, groups, chunks,
     f_s, f_b, f_g, k_s, k_b, k_g, v_s, v_b, v_g, dk_s, dk_b, dk_g, dv_s, dv_b, dv_g, o_s, o_b, o_g,
+    saved_s, saved_part, saved_b, saved_g, saved_half,
     HN: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """With d_t the gradient of x~_t, the adjoint c_t = g_t (d_t + c_{t+1}) is what reaches the state before step t.
@@ -185,8 +188,8 @@ def gated_scan_backward(
     k_l, v_l = k0_l + a0_l * tl.sum(in_kl, 0, keep_dims=True), v0_l + a0_l * tl.sum(in_vl, 0, keep_dims=True)
     k_h, v_h = k0_h + a0_h * tl.sum(in_kh, 0, keep_dims=True), v0_h + a0_h * tl.sum(in_vh, 0, keep_dims=True)
 
-    state = saved + first // STEPS * 2 * size + here
-    state_kl, state_kh, state_vl, state_vh = load_state(state, size, PAIR, low & (left > 0), high & (left > 0))
+    state = saved + origin(head, groups, saved_b, saved_g) + first // STEPS * saved_s + lane
+    state_kl, state_kh, state_vl, state_vh = load_state(state, saved_part, saved_half, low & (left > 0), high & (left > 0))
     # One half after the other, which halves the registers; RoPE mixes the halves of grad_k, so each reads both.
     f_rows = load_rows(f, f_s, float("inf"), low, left, STEPS, EVEN)
     k_rows = load_rows(k, k_s, 0.0, low, left, STEPS, EVEN)

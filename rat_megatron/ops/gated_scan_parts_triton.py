@@ -148,18 +148,19 @@ def load_halves(pointer, stride, other, PAIR: tl.constexpr, low, high, left, STE
 
 
 @triton.jit
-def load_state(pointer, size, PAIR: tl.constexpr, low, high):
-    k_l, k_h = tl.load(pointer, mask=low, other=0.0), tl.load(pointer + PAIR, mask=high, other=0.0)
-    pointer += size
-    return k_l, k_h, tl.load(pointer, mask=low, other=0.0), tl.load(pointer + PAIR, mask=high, other=0.0)
+def load_state(pointer, part, half, low, high):
+    """A state whose value part lies ``part`` after its key part, and whose high halves lie ``half`` after the low ones."""
+    k_l, k_h = tl.load(pointer, mask=low, other=0.0), tl.load(pointer + half, mask=high, other=0.0)
+    pointer += part
+    return k_l, k_h, tl.load(pointer, mask=low, other=0.0), tl.load(pointer + half, mask=high, other=0.0)
 
 
 @triton.jit
-def store_state(pointer, size, PAIR: tl.constexpr, k_l, k_h, v_l, v_h, low, high):
+def store_state(pointer, part, half, k_l, k_h, v_l, v_h, low, high):
     tl.store(pointer, k_l, mask=low)
-    tl.store(pointer + PAIR, k_h, mask=high)
-    tl.store(pointer + size, v_l, mask=low)
-    tl.store(pointer + size + PAIR, v_h, mask=high)
+    tl.store(pointer + half, k_h, mask=high)
+    tl.store(pointer + part, v_l, mask=low)
+    tl.store(pointer + part + half, v_h, mask=high)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from rat_megatron.ops.gated_scan import projection_widths
 from rat_megatron.ops.gated_scan_kernels_triton import gated_scan_backward, gated_scan_forward, gated_scan_join, gated_scan_summary
 from rat_megatron.ops.rope import check_rope
+from rat_megatron.ops.rope_triton import turn
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,7 +47,10 @@ def gated_scan(
 def scan_of_projection(
     projection: Tensor, query_width: int, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """projection [s, b, ng, 2 * query_width + 3 * hn], of which every slice is what gated_scan() takes; else as in gated_scan.py."""
+    """projection [s, b, ng, 2 * query_width + 3 * hn], of which every slice is what gated_scan() takes; else as in gated_scan.py.
+
+    Turned queries are a copy, so for the backward pass the states lie in their place in the projection: memory for nothing else.
+    """
     widths = projection_widths(projection, query_width)
     k = projection.split(widths, dim=-1)[2]
     _check(k, k, k)
@@ -93,27 +97,45 @@ class _ScanOfProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projection, widths, cos, sin, training):
         query, gate, k, v, f = projection.split(widths, dim=-1)
-        keys, values, final, saved = _launch_forward(f, k, v, None, cos, sin, training)
-        ctx.save_for_backward(projection, saved, cos, sin)
+        room = None
+        if cos is not None:
+            query, room = turn(query, cos, sin), _room_for_states(projection, k) if training else None
+        keys, values, final, saved = _launch_forward(f, k, v, None, cos, sin, training, room)
+        ctx.save_for_backward(projection, saved if room is None else None, cos, sin)
         ctx.widths, ctx.state_shape = widths, final.shape
         return query, gate, keys, values
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_query, grad_gate, grad_k, grad_v):
-        projection, *saved = ctx.saved_tensors
+        projection, saved, cos, sin = ctx.saved_tensors
         _, _, k, v, f = projection.split(ctx.widths, dim=-1)
+        saved = _room_for_states(projection, k) if saved is None else saved
         grad = torch.empty_like(projection)
         out_query, out_gate, out_k, out_v, out_f = grad.split(ctx.widths, dim=-1)
-        out_query.copy_(grad_query)
+        if cos is None:
+            out_query.copy_(grad_query)
+        else:
+            turn(grad_query, cos, sin, out_query, back=True)
         out_gate.copy_(grad_gate)
         no_later = torch.zeros(ctx.state_shape, dtype=torch.float32, device=grad.device)
-        _launch_backward(f, k, v, *saved, grad_k, grad_v, no_later, out_f, out_k, out_v)
+        _launch_backward(f, k, v, saved, cos, sin, grad_k, grad_v, no_later, out_f, out_k, out_v)
         return grad, None, None, None, None
 
 
-def _launch_forward(f, k, v, initial, cos, sin, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """k~, v~, the final state, and for the backward pass the state before every _STEPS steps."""
+def _room_for_states(projection: Tensor, k: Tensor) -> Tensor | None:
+    """The queries' place in a projection as fp32 [s / _STEPS, 2, b, ng, 2, hn / 2], if it fits: a half state a token, four in _STEPS."""
+    length, batch, groups, hn = k.shape
+    if length % _STEPS or hn % 2 or any(stride % 2 for stride in projection.stride()[:3]) or projection.storage_offset() % 2:
+        return None
+    words = projection if projection.dtype == torch.float32 else projection.view(torch.float32)
+    s, b, g, _ = words.stride()
+    shape, strides = (length // _STEPS, 2, batch, groups, 2, hn // 2), (_STEPS * s, 2 * s, b, g, s, 1)
+    return words.as_strided(shape, strides)
+
+
+def _launch_forward(f, k, v, initial, cos, sin, training: bool, room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """k~, v~, the final state, and for the backward pass the state before every _STEPS steps, in ``room`` if there is some."""
     length, batch, groups, hn = f.shape
     heads = batch * groups
     out_k = _dense_like(k)
@@ -122,10 +144,12 @@ def _launch_forward(f, k, v, initial, cos, sin, training: bool) -> tuple[Tensor,
     # Where few heads work side by side, the chain of chunks would set the time: longer chunks then, read twice instead of kept.
     blocks = 2 if heads * hn < 4096 and length >= _LONG else 1
     chunks = triton.cdiv(length, blocks * _WIDTH * _STEPS)
-    saved = torch.empty(triton.cdiv(length, _STEPS), *final.shape, device=f.device) if training else None
+    saved = room
+    if training and room is None:
+        saved = torch.empty(triton.cdiv(length, _STEPS), *final.shape, device=f.device)
     gated_scan_forward[(chunks * heads,)](
         f, k, v, out_k, out_v, initial, _unpublished(chunks, final), saved, final, cos, sin, length, heads, groups,
-        *_strides(f, k, v, out_k), **_options(f, blocks), BLOCKS=blocks, KEEP=blocks == 1 and not training,
+        *_strides(f, k, v, out_k), *_saved_strides(saved, hn), **_options(f, blocks), BLOCKS=blocks, KEEP=blocks == 1 and not training,
         INITIAL=initial is not None, SAVE=training, ROPE=cos is not None,
     )  # fmt: skip
     return out_k, out_v, final, saved
@@ -140,7 +164,8 @@ def _launch_backward(f, k, v, saved, cos, sin, grad_k, grad_v, grad_final, out_f
     chunks = triton.cdiv(length, _WIDTH * _STEPS)
     gated_scan_backward[(chunks * heads,)](
         f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, _unpublished(chunks, grad_final), grad_initial, grad_final, cos, sin,
-        length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), **_options(f), ROPE=cos is not None,
+        length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), *_saved_strides(saved, f.shape[3]), **_options(f),
+        ROPE=cos is not None,
     )  # fmt: skip
     return grad_initial
 
@@ -185,6 +210,13 @@ def _dense_like(x: Tensor) -> Tensor:
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _saved_strides(saved: Tensor | None, hn: int) -> tuple[int, ...]:
+    """Of saved states [rows, 2, b, ng, hn] or [rows, 2, b, ng, 2, hn / 2]: row, part, sequence, group and half of the channels."""
+    if saved is None:
+        return 0, 0, 0, 0, 0
+    return (*saved.stride()[:4], saved.stride(4) if saved.dim() == 6 else (hn + 1) // 2)
 
 
 def _unpublished(chunks: int, state: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from rat_megatron.ops.gated_scan_triton import adjoint_summary, gated_scan, scan_summary
+from rat_megatron.ops.rope import turn
 
 definition = SimpleNamespace(
     **{name: partial(getattr(public, name), implementation="torch") for name in ("gated_scan", "scan_summary", "adjoint_summary")}
@@ -117,13 +118,19 @@ def test_chunks_joined_by_their_summaries_equal_one_scan(length, logit):
     assert_close([*(torch.cat(x) for x in zip(*outputs, strict=True)), state], exact, 2e-6)
 
 
-def test_scan_of_a_projection_is_that_of_its_slices():
-    cos, sin = (table(torch.rand(300, 64, device="cuda") * 6) for table in (torch.cos, torch.sin))
-    projection = torch.randn(300, 2, 3, 7 * 128, device="cuda").bfloat16().requires_grad_()
-    query, gate, k, v, f = projection.split([256, 256, 128, 128, 128], dim=-1)
-    expected = query, gate, *gated_scan(f, k, v, None, cos, sin)[:2]
-    outputs = public.scan_of_projection(projection, 256, cos, sin)
+@pytest.mark.parametrize(("length", "groups", "query_width"), [(300, 3, 256), (4096, 2, 128)])
+def test_scan_of_a_projection_is_that_of_its_slices(length, groups, query_width):
+    cos, sin = (table(torch.rand(length, 64, device="cuda") * 6) for table in (torch.cos, torch.sin))
+    projection = torch.randn(length, 2, groups, 2 * query_width + 3 * 128, device="cuda").bfloat16().requires_grad_()
+    query, gate, k, v, f = projection.split([query_width, query_width, 128, 128, 128], dim=-1)
+    heads = turn(query.unflatten(-1, (-1, 128)), cos[:, None, None, None], sin[:, None, None, None]).flatten(-2)
+    expected = heads, gate, *gated_scan(f, k, v, None, cos, sin)[:2]
+    used_up = projection.detach().clone().requires_grad_()
+    outputs = public.scan_of_projection(used_up, query_width, cos, sin)
     assert all("ScanOfProjection" in type(x.grad_fn).__name__ for x in outputs), "one gradient buffer, not five to join"
+    assert all(torch.equal(a, e) for a, e in zip(outputs[1:], expected[1:], strict=True))
+    assert_close(outputs[:1], expected[:1], 2e-3)
     weights = [torch.randn_like(x) for x in expected]
-    gradients = [torch.autograd.grad(x, projection, weights) for x in (outputs, expected)]
-    assert all(torch.equal(a, e) for a, e in zip((*outputs, *gradients[0]), (*expected, *gradients[1]), strict=True))
+    gradient, wanted = torch.autograd.grad(outputs, used_up, weights)[0], torch.autograd.grad(expected, projection, weights)[0]
+    assert torch.equal(gradient[..., query_width:], wanted[..., query_width:])
+    assert_close([gradient[..., :query_width]], [wanted[..., :query_width]], 5e-3)

@@ -137,20 +137,43 @@ def test_refuses_what_does_not_fit():
 
 
 @in_interpreter
-@pytest.mark.parametrize(("query_width", "rope"), [(4, False), (12, True)])
-def test_scan_of_a_projection_is_that_of_its_slices(query_width, rope):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "query_width", "rope"), [(70, 6, False), (70, 12, True), (136, 4, True)])
+def test_scan_of_a_projection_is_that_of_its_slices(length, query_width, rope, dtype):
+    """Lengths that are a multiple of eight: the states for the backward pass lie in the projection."""
     from rat_megatron.ops import gated_scan_triton
 
-    length, hn = 70, 4
+    hn = 4
     tables = [table(torch.rand(length, hn // 2)) for table in (torch.cos, torch.sin)] if rope else [None, None]
-    projection = torch.randn(length, 1, 2, 2 * query_width + 3 * hn, requires_grad=True)
+    projection = torch.randn(length, 2, 2, 2 * query_width + 3 * hn).to(dtype).requires_grad_()
     query, gate, k, v, f = projection.split([query_width, query_width, hn, hn, hn], dim=-1)
+    if rope:
+        query = rotate(query.float().unflatten(-1, (-1, hn)).flatten(2, 3), *tables).to(dtype).reshape(query.shape)
     expected = query, gate, *gated_scan_triton.gated_scan(f, k, v, None, *tables)[:2]
     weights = [torch.randn_like(x) for x in expected]
     gradient = torch.autograd.grad(expected, projection, weights)
+    tolerance = 1e-6 if dtype == torch.float32 else 5e-3
     for function in (gated_scan_triton.scan_of_projection, partial(definition.scan_of_projection, implementation="torch")):
-        outputs = function(projection, query_width, *tables)
-        assert_close(outputs, expected)
-        assert_close(torch.autograd.grad(outputs, projection, weights), gradient)
+        used_up = projection.detach().clone().requires_grad_()
+        outputs = function(used_up, query_width, *tables)
+        assert_close(outputs, expected, tolerance)
+        assert_close(torch.autograd.grad(outputs, used_up, weights), gradient, tolerance)
     with torch.no_grad():
-        assert_close(gated_scan_triton.scan_of_projection(projection, query_width, *tables), expected)
+        assert_close(gated_scan_triton.scan_of_projection(projection.clone(), query_width, *tables), expected, tolerance)
+
+
+@in_interpreter
+def test_states_in_the_projection_take_no_memory_of_their_own():
+    from rat_megatron.ops import gated_scan_triton
+
+    projection = torch.randn(64, 1, 2, 5 * 4).bfloat16()
+    before, k = projection.clone(), projection[..., 8:12]
+    room = gated_scan_triton._room_for_states(projection, k)
+    room.fill_(1.0)
+    assert room.shape == (8, 2, 1, 2, 2, 2) and room.data_ptr() == projection.data_ptr()
+    kept = projection.view(8, 8, 2, 20)  # four of eight tokens hold a state
+    assert (kept[:, :4, :, :4].view(torch.float32) == 1.0).all() and not (kept[:, 4:, :, :4].view(torch.float32) == 1.0).any()
+    assert torch.equal(projection[..., 4:], before[..., 4:]), "nothing but queries is written over"
+    assert gated_scan_triton._room_for_states(projection[:63], k[:63]) is None
+    odd = projection.flatten()[1:].as_strided((56, 1, 2, 20), (40, 40, 20, 1))
+    assert gated_scan_triton._room_for_states(odd, odd[..., 8:12]) is None
