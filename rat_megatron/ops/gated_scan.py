@@ -85,7 +85,7 @@ def scan_of_projection(
 def projection_widths(projection: torch.Tensor, query_width: int) -> list[int]:
     """Of query, output gate, k, v and f in the last dimension of scan_of_projection's input; raises ValueError if it is no such width."""
     rest = projection.shape[-1] - 2 * query_width
-    if rest <= 0 or rest % 3:
+    if query_width < 1 or rest <= 0 or rest % 3:
         raise ValueError(f"a projection of width {projection.shape[-1]} does not hold two of {query_width} and three alike")
     return [query_width, query_width, *[rest // 3] * 3]
 

@@ -32,7 +32,7 @@ def rope_turn(
     x, out, cos, sin, length, groups, x_s, x_b, x_g, o_s, o_b, o_g,
     HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one head; a program has read all that it writes over, so ``out`` may be x."""
+    """ROWS tokens of one head."""
     head = tl.program_id(0) % HEADS
     group = tl.program_id(0) // HEADS % groups
     batch = (tl.program_id(0) // HEADS // groups).to(tl.int64)
