@@ -38,7 +38,7 @@ def doctor() -> None:
         "gated scan": "Triton" if triton else "torch",
         "optimizer": "Transformer Engine" if te else ("Apex" if cuda and apex else "torch"),
         "gradient accumulation in the weight gradient": "Apex" if cuda and apex else ("Transformer Engine" if te else "apart"),
-        "cross-entropy": "Transformer Engine" if te else "Megatron's",
+        "cross-entropy": "Transformer Engine" if te and _te_cross_entropy_is_sound() else "Megatron's",
         "communication": "NCCL" if cuda else "gloo",
         "FP8": "yes" if te else "needs a GPU with Transformer Engine",
     }
@@ -56,6 +56,12 @@ def _imports(module: str) -> bool:
     except Exception:  # a library that does not fit this machine's fails in many ways
         return False
     return True
+
+
+def _te_cross_entropy_is_sound() -> bool:
+    from rat_megatron.model.builder import te_cross_entropy_is_sound
+
+    return te_cross_entropy_is_sound()
 
 
 def _version(package: str) -> str:

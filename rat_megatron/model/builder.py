@@ -18,14 +18,14 @@ def rat_model_config_from_args(args: Namespace) -> GPTModelConfig:
     config = gpt_config_from_args(args, config=core_transformer_config_from_args(args, RATTransformerConfig))
     config.transformer.use_te_rng_tracker = args.te_rng_tracker  # Megatron leaves this out, and refuses CUDA graphs then
     of_te = args.transformer_impl == "transformer_engine" and not args.fp16  # it takes bf16 and fp32
-    if of_te and not args.cross_entropy_loss_fusion and not args.deterministic_mode and _te_cross_entropy_is_sound():
+    if of_te and not args.cross_entropy_loss_fusion and not args.deterministic_mode and te_cross_entropy_is_sound():
         config.transformer.cross_entropy_loss_fusion, config.transformer.cross_entropy_fusion_impl = True, "te"
     if config.transformer_layer_spec is None:  # --spec wins
         config.transformer_layer_spec = get_rat_block_spec
     return config
 
 
-def _te_cross_entropy_is_sound() -> bool:
+def te_cross_entropy_is_sound() -> bool:
     """Whether Transformer Engine's fused cross-entropy keeps its gradient in fp32 until it is whole.
 
     Megatron 0.19 refuses --cross-entropy-fusion-impl te for training that diverged: earlier versions rounded the gradient to bf16 in

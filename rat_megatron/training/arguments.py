@@ -269,6 +269,31 @@ def _check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
             )
     if resumed and not args.finetune and not args.skip_train:
         _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
+        if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+            _check_schedule(_schedule(stored), _schedule(args), source)
+
+
+def _check_schedule(there: dict[str, Any], here: dict[str, Any], source: str) -> None:
+    """Megatron insists on the checkpoint's schedule of learning rate and weight decay, but only while it loads."""
+    for name, value in here.items():
+        if value is not None and there.get(name) not in (None, value):
+            raise UserError(
+                f"the checkpoint in {source} was trained with {name} {there[name]}, this run asks for {value}: give the checkpoint's, or "
+                "--override-opt-param-scheduler for the schedule of this run, or --use-checkpoint-opt-param-scheduler for the checkpoint's"
+            )
+
+
+def _schedule(args: Namespace) -> dict[str, Any]:
+    """What fixes the learning rate and weight decay of every iteration; None where Megatron will fill it in."""
+    plain = ("lr", "min_lr", "lr_decay_style", "weight_decay", "weight_decay_incr_style", "train_samples", "lr_decay_samples")
+    schedule = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in plain}
+    batch, iterations = getattr(args, "global_batch_size", None), getattr(args, "train_iters", None)
+    if batch and iterations and not args.train_samples:
+        decay = batch * (args.lr_decay_iters or iterations)
+        warmup = batch * args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay
+        schedule |= {"--train-iters times --global-batch-size": batch * iterations}
+        schedule |= {"--lr-decay-iters times --global-batch-size": decay, "a warmup in samples of": warmup}
+    return schedule
 
 
 def _check_data_order(stored: Namespace, here: dict[str, Any], source: str, allowed: bool) -> None:

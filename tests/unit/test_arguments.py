@@ -215,6 +215,24 @@ def test_checkpoint_of_another_architecture(check, one_iteration, tiny_data, fla
             check(*good, start, one_iteration, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--train-iters", 2], "was trained with --train-iters times --global-batch-size 4, this run asks for 8: give"),
+        (["--lr", "1e-3"], "was trained with --lr 0.01, this run asks for 0.001"),
+        (["--lr-warmup-fraction", "0.5"], "a warmup in samples of 0, this run asks for 2.0"),
+    ],
+)
+def test_a_resumed_run_keeps_its_schedule_unless_asked(check, one_iteration, tiny_data, flags, sentence):
+    good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data]
+    for start in ("--load", "--save"):
+        with pytest.raises(UserError, match=sentence):
+            check(*good, start, one_iteration, *flags)
+        for choice in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--finetune", "--no-load-optim"):
+            check(*good, start, one_iteration, *flags, choice)
+    check(*good, "--pretrained-checkpoint", one_iteration, *flags)
+
+
 def test_damaged_shards_are_found_before_training(check, tiny_data, tmp_path):
     shutil.copytree(tiny_data, tmp_path / "data")
     good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tmp_path / "data"]
