@@ -109,7 +109,7 @@ def start(monkeypatch, megatron_process, tiny_data):
 
         from rat_megatron.training import arguments
 
-        words = ["pretrain_rat.py", *MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", "2", "--data-path", data, *flags]
+        words = ["pretrain_rat.py", *MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", "1", "--data-path", data, *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         return arguments._check_and_derive(parse_args(arguments._add_rat_args))
 
