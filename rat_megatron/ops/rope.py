@@ -1,4 +1,4 @@
-"""Rotary position embedding of keys and queries in torch; the Triton kernels turn what they hold themselves."""
+"""Rotary position embedding of keys and queries in torch. rope_triton.py does it in one pass; other kernels turn what they hold."""
 
 from __future__ import annotations
 

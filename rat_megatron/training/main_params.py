@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from rat_megatron.errors import UserError
+
 _LOW, _HIGH = -(2**15), 2**15 - 1
 
 
@@ -47,11 +49,11 @@ def split(parameter: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
     """The int16 remainder of a main parameter, fp32, beside the bf16 parameter that was rounded from it, all of one shape.
 
     join() gives the main parameter back bit by bit, but for one in the middle between two bf16 numbers that was rounded down to even,
-    as torch rounds and this optimizer does not: it loses its last bit. Raises ValueError if ``parameter`` was not rounded from ``main``.
+    as torch rounds and this optimizer does not: it loses its last bit. Raises UserError if ``parameter`` was not rounded from ``main``.
     """
     difference = main.float().contiguous().view(torch.int32) - _bits(parameter)
     if ((difference < _LOW) | (difference > _HIGH + 1)).any():
-        raise ValueError("a bf16 parameter of this checkpoint is not its fp32 main parameter, rounded")
+        raise UserError("a bf16 parameter of the checkpoint is not its fp32 main parameter, rounded: resume from another --ckpt-step")
     return difference.clamp(_LOW, _HIGH).to(torch.int16)
 
 

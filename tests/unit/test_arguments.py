@@ -220,6 +220,7 @@ def test_checkpoint_of_another_architecture(check, one_iteration, tiny_data, fla
     [
         (["--train-iters", 2], "was trained with --train-iters times --global-batch-size 4, this run asks for 8: give"),
         (["--lr", "1e-3"], "was trained with --lr 0.01, this run asks for 0.001"),
+        (["--weight-decay", "0.2"], "was trained with --weight-decay 0.1, this run asks for 0.2"),
         (["--lr-warmup-fraction", "0.5"], "a warmup in samples of 0, this run asks for 2.0"),
     ],
 )
@@ -231,6 +232,17 @@ def test_a_resumed_run_keeps_its_schedule_unless_asked(check, one_iteration, tin
         for choice in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--finetune", "--no-load-optim"):
             check(*good, start, one_iteration, *flags, choice)
     check(*good, "--pretrained-checkpoint", one_iteration, *flags)
+
+
+def test_cuda_graphs_leave_megatrons_checks_out(check, tiny_data, monkeypatch):
+    from rat_megatron.training import arguments
+
+    monkeypatch.setattr(arguments, "_check_features", lambda args: None)  # which refuses them without a GPU
+    good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data]
+    graphs = check(*good, "--cuda-graph-impl", "full_iteration")[1]
+    assert graphs["rerun_mode"] == "disabled" and graphs["check_for_nan_in_loss_and_grad"] is False
+    assert "rerun_mode" not in check(*good, "--cuda-graph-impl", "full_iteration", "--rerun-mode", "report_determinism_stats")[1]
+    assert not {"rerun_mode", "check_for_nan_in_loss_and_grad"} & check(*good)[1].keys()
 
 
 def test_damaged_shards_are_found_before_training(check, tiny_data, tmp_path):

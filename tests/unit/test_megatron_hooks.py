@@ -9,6 +9,8 @@ from argparse import Namespace
 import pytest
 import torch
 
+from rat_megatron.errors import UserError
+
 pytestmark = pytest.mark.usefixtures("megatron_process")
 
 
@@ -232,7 +234,7 @@ def test_main_params_are_saved_whole_and_kept_in_halves():
         assert torch.equal(join(parameter, remainder).view(torch.int32), main.view(torch.int32))
     between = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch rounds these to even: down
     assert torch.equal(join(between.bfloat16(), split(between.bfloat16(), between)).view(torch.int32), between.view(torch.int32) - 1)
-    with pytest.raises(ValueError, match="not its fp32 main parameter"):
+    with pytest.raises(UserError, match="not its fp32 main parameter"):
         split(rounded_up, main * 1.01)
 
     inner = Namespace(store_param_remainders=True, param_groups=[{"params": [rounded_up]}])
@@ -342,6 +344,18 @@ def test_flops_equal_megatrons_where_both_count_the_same(arguments_1_5b):
 
     # Megatron counts T * T / 2 pairs of causal attention, we T * (T + 1) / 2.
     assert iteration_flops(arguments_1_5b, 8) == pytest.approx(num_floating_point_operations(arguments_1_5b, 8), rel=1e-4)
+
+
+def test_the_pairs_of_a_pattern_are_counted_once_a_run(arguments_1_5b, monkeypatch):
+    from rat_megatron.pattern import AttentionPattern
+    from rat_megatron.training.flops import iteration_flops
+
+    first, count = iteration_flops(arguments_1_5b, 8), AttentionPattern.flops
+    counted: list[int] = []
+    monkeypatch.setattr(AttentionPattern, "flops", lambda *args: counted.append(1) or count(*args))
+    assert iteration_flops(arguments_1_5b, 16) == 2 * first and not counted
+    arguments_1_5b.seq_length = 128
+    assert iteration_flops(arguments_1_5b, 8) < first / 32 and len(counted) == 1
 
 
 def test_flops_count_the_forget_gate_and_the_sparse_step(arguments_1_5b):

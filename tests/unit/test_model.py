@@ -131,7 +131,7 @@ def test_any_length_down_to_one_token(length):
     assert relative(logits_of(model, tokens).detach(), expected) < 1e-5
 
 
-def test_keys_are_turned_in_a_forward_pass_alone():
+def test_the_scan_applies_rope_in_a_forward_pass_alone():
     model = build()
     attention = model.decoder.layers[0].self_attention
     hidden = torch.randn(12, 1, model.config.hidden_size)
