@@ -241,7 +241,7 @@ def test_cuda_graphs_leave_megatrons_checks_out(check, tiny_data, monkeypatch):
     good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data]
     graphs = check(*good, "--cuda-graph-impl", "full_iteration")[1]
     assert graphs["rerun_mode"] == "disabled" and graphs["check_for_nan_in_loss_and_grad"] is False
-    assert "rerun_mode" not in check(*good, "--cuda-graph-impl", "full_iteration", "--rerun-mode", "report_determinism_stats")[1]
+    assert "rerun_mode" not in check(*good, "--cuda-graph-impl", "full_iteration", "--rerun-mode", "report_stats")[1]
     assert not {"rerun_mode", "check_for_nan_in_loss_and_grad"} & check(*good)[1].keys()
 
 
