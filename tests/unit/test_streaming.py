@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 import numpy as np
@@ -299,7 +300,7 @@ def _run_forever(path: str, cache: str, started) -> None:
     time.sleep(60)
 
 
-def test_a_killed_run_does_not_break_the_next(data, tmp_path, monkeypatch, caplog):
+def test_a_killed_run_does_not_break_the_next(data, tmp_path, monkeypatch):
     """Streaming takes a cache folder with shared memory left over for one in use; a stream with a cache is one with a URL."""
     monkeypatch.setattr(streams.Stream, "is_remote", property(lambda stream: True))  # a local folder stands for the bucket
     cache, started = str(tmp_path), FORK.Event()
@@ -307,13 +308,22 @@ def test_a_killed_run_does_not_break_the_next(data, tmp_path, monkeypatch, caplo
     process.start()
     assert started.wait(60)
     left = _blocks_mapped_by(process.pid)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    assert any(path.exists() for path in left), "nothing was left over: this test tests nothing"
+    with shared_memory.claiming_shared_memory():  # no run of a test beside this one clears them first
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        assert any(path.exists() for path in left), "nothing was left over: this test tests nothing"
     check_streams([Stream(data)], seq_length=T, cache=cache)
     assert len(next(batches_of(data, cache=cache))["tokens"]) == 2
     assert not any(path.exists() for path in left if path not in _blocks_mapped_by(os.getpid()))
-    assert [record for record in caplog.records if "blocks of shared memory that a killed run left" in record.message]
+
+
+def test_clearing_after_a_killed_run_is_logged(caplog):
+    with shared_memory.claiming_shared_memory():
+        block = Path("/dev/shm/999998_locals")
+        block.touch()
+        shared_memory.clean_stale_shared_memory()
+    assert not block.exists()
+    assert "blocks of shared memory that a killed run left in /dev/shm" in caplog.messages[-1]
 
 
 def test_shared_memory_of_a_live_run_is_left_alone(data, tmp_path):
@@ -368,6 +378,26 @@ def _blocks_mapped_by(pid: int) -> set[Path]:
 def test_a_url_needs_a_cache_folder():
     with pytest.raises(UserError, match="s3://bucket/data is a URL: name a local folder for its shards with --data-cache-path"):
         check_streams([Stream("s3://bucket/data")], seq_length=T)
+
+
+def test_an_iteration_that_is_given_up_leaves_no_thread_polling(data):
+    batches = batches_of(data)
+    next(batches)
+    iteration = batches.gi_frame.f_locals["dataset"]._iterator
+    assert _threads_of(iteration), "none is there: this test tests nothing"
+    batches.close()
+    deadline = time.monotonic() + 10
+    while _threads_of(iteration):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _threads_of(iteration: object) -> int:
+    """How many threads are in one of Streaming's functions that fetch ahead for this iteration."""
+    stacks = [walk_stack(frame) for frame in sys._current_frames().values()]
+    return sum(
+        any("_until_failure" in caller.f_code.co_name and caller.f_locals["it"] is iteration for caller, _ in stack) for stack in stacks
+    )
 
 
 def test_a_program_ends_while_its_workers_wait(data):
