@@ -77,13 +77,6 @@ class CheckedDataset(StreamingDataset):
             there = self._is_local & (self._shard_states.numpy() == _ShardState.LOCAL)
             self.cache_usage -= sum(self.shards[shard_id].get_raw_size() for shard_id in np.flatnonzero(there))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        try:
-            yield from super().__iter__()
-        finally:
-            if hasattr(self, "_iterator"):  # of an iteration that is given up: its threads would go on polling
-                self._iterator.non_blocking_exit()
-
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         shard_id, _ = self.spanner[sample_id]
         try:
@@ -187,7 +180,10 @@ class CheckedDataset(StreamingDataset):
             it.on_exit()
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        yield from super()._each_sample_id(it)
+        try:
+            yield from super()._each_sample_id(it)
+        finally:  # of an iteration that is given up, too: its threads would go on polling
+            it.non_blocking_exit()
         self._raise_failure()
 
     def _fail(self, error: Exception) -> None:

@@ -392,6 +392,17 @@ def test_an_iteration_that_is_given_up_leaves_no_thread_polling(data):
         time.sleep(0.01)
 
 
+def test_an_iteration_given_up_late_does_not_end_the_next(data):
+    batches = batches_of(data)
+    next(batches)
+    dataset = batches.gi_frame.f_locals["dataset"]
+    earlier, later = iter(dataset), iter(dataset)
+    next(earlier), next(later)
+    earlier.close()
+    assert _threads_of(dataset._iterator)
+    assert sum(1 for _ in later) > 100
+
+
 def _threads_of(iteration: object) -> int:
     """How many threads are in one of Streaming's functions that fetch ahead for this iteration."""
     stacks = [walk_stack(frame) for frame in sys._current_frames().values()]
