@@ -10,7 +10,7 @@ quickstart: .venv/installed  ## a whole small run, with or without a GPU: exampl
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
 test: .venv/installed  ## run the tests: those of one process, then those of four
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm tests/unit tests/gpu
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 tests/slurm tests/unit tests/gpu
 	$(MAKE) test-distributed
 
 test-distributed: .venv/installed  ## run the parallel layouts only
