@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*NAMES, *MORE_NAMES]
     parser.add_argument("--only", nargs="+", choices=names, default=NAMES, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--flags", type=shlex.split, default=[], help="more flags of pretrain_rat.py, for every run")
     parser.add_argument("--seconds", type=float, default=500, help="start no further layout after so long")
     parser.add_argument("--runs-log", metavar="FILE", help="where what the runs print goes, with the rank at the end; default: here")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a trial on any machine")
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _measure_all(folder: Path, args: argparse.Namespace, begun: float) -> None:
     first = dist.get_rank() == 0
-    results: dict[str, Any] = {"machine": machine(), "tiny": args.tiny, "one GPU": {}, "layouts": {}}
+    results: dict[str, Any] = {"machine": machine(), "tiny": args.tiny, "flags": args.flags, "one GPU": {}, "layouts": {}}
     _say(describe(results["machine"]))
     lengths = {name: _is_long(name) for name in args.only}
     if first:
@@ -107,7 +109,7 @@ def _layout(name: str, folder: Path, curves: dict[bool, list[Run]], args: argpar
     exchange = _Exchange()
     try:
         with exchange.timed():
-            run = megatron_runs.run([*_flags(folder, long, fp8, args.tiny), *words], exchange.after, args.runs_log)
+            run = megatron_runs.run([*_flags(folder, long, fp8, args), *words], exchange.after, args.runs_log)
         mine: Any = (run, exchange.seconds)
     except (Exception, SystemExit) as error:  # both ranks fail alike, or the other one's time-out ends the program
         mine = f"{type(error).__name__}: {error}"[:2000]
@@ -193,16 +195,16 @@ def _start(folder: Path, args: argparse.Namespace) -> None:
 def _alone(folder: Path, long: bool, args: argparse.Namespace) -> list[Run]:
     """The run of one GPU in bf16, by the first rank, and in FP8, by the second, at the same time."""
     with _single_rank():
-        run = megatron_runs.run(_flags(folder, long, os.environ["LAYOUTS_RANK"] == "1", args.tiny), log=args.runs_log)
+        run = megatron_runs.run(_flags(folder, long, os.environ["LAYOUTS_RANK"] == "1", args), log=args.runs_log)
     every: list[Any] = [None, None]
     dist.all_gather_object(every, run)
     return every
 
 
-def _flags(folder: Path, long: bool, fp8: bool, tiny: bool) -> list[str]:
-    words = [*_model(tiny), *_of_length(long, tiny), *(RECOMPUTE if long else [])]
-    words += common_flags(folder / f"data{long:d}", _iterations(long, tiny), tiny)
-    words += ["--pretrained-checkpoint", str(folder / "start"), "--rat-arl-pattern", "d64"]
+def _flags(folder: Path, long: bool, fp8: bool, args: argparse.Namespace) -> list[str]:
+    words = [*_model(args.tiny), *_of_length(long, args.tiny), *(RECOMPUTE if long else [])]
+    words += common_flags(folder / f"data{long:d}", _iterations(long, args.tiny), args.tiny)
+    words += ["--pretrained-checkpoint", str(folder / "start"), "--rat-arl-pattern", "d64", *args.flags]
     return words + (FP8 if fp8 and torch.cuda.is_available() else [])
 
 
