@@ -288,8 +288,10 @@ def _tiles(kernel: str, q: Tensor, head: HeadPattern, entries: int = 0) -> dict[
         return {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2}
     if kernel == "forward" and head.window:
         return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
-    if kernel == "forward":  # a short list is bound by memory: many programs at once rather than a deep pipeline
-        return {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 1 if entries <= 512 else 3}
+    if kernel == "forward" and entries <= 512:  # bound by memory: three programs at once rather than a deep pipeline
+        return {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+    if kernel == "forward":
+        return {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
     return {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}
 
 

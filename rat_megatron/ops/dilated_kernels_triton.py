@@ -54,18 +54,19 @@ def _load(x, row, stride, count, HN: tl.constexpr):
 
 
 @triton.jit
-def _turned(x_tile, x, row, stride, count, cos, sin, HN: tl.constexpr):
-    """Rotate-half RoPE of rows [n] of x, which x_tile [n, HN] holds, by tables [count, HN / 2]; rounded to the type of x."""
+def _load_turned(x, row, stride, count, cos, sin, HN: tl.constexpr):
+    """_load() with rotate-half RoPE by tables [count, HN / 2]; rounded to the type of x."""
     HALF: tl.constexpr = HN // 2
-    column = tl.arange(0, HN)
     there = (row < count)[:, None]
-    angle = row.to(tl.int64)[:, None] * HALF + (column % HALF)[None, :]
-    cos_tile = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
-    sin_tile = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
-    sin_tile = tl.where((column < HALF)[None, :], -sin_tile, sin_tile)
-    partner = row.to(tl.int64)[:, None] * stride + ((column + HALF) % HN)[None, :]
-    partner_tile = tl.load(x + partner, mask=there, other=0.0).to(tl.float32)
-    return (x_tile.to(tl.float32) * cos_tile + partner_tile * sin_tile).to(x_tile.dtype)
+    column = tl.arange(0, HALF)[None, :]
+    at = x + row.to(tl.int64)[:, None] * stride + column
+    angle = row.to(tl.int64)[:, None] * HALF + column
+    low = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=there, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
+    halves = tl.join((low * c - high * s).to(x.dtype.element_ty), (high * c + low * s).to(x.dtype.element_ty))
+    return tl.reshape(tl.permute(halves, (0, 2, 1)), (row.shape[0], HN))
 
 
 @triton.jit
@@ -132,9 +133,10 @@ def dilated_attention_forward(
     row = first + tl.arange(0, BM)
     position = start + row
     scale *= _LOG2_E
-    q_tile = _load(q, row, q_s, rows, HN)
     if ROPE:
-        q_tile = _turned(q_tile, q, row, q_s, rows, cos, sin, HN)
+        q_tile = _load_turned(q, row, q_s, rows, cos, sin, HN)
+    else:
+        q_tile = _load(q, row, q_s, rows, HN)
 
     if W == 0:  # the own key opens the softmax
         own = position - base
