@@ -123,6 +123,75 @@ def adjoint_summary(f: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor,
     return gate[0] * first
 
 
+@torch.no_grad()
+def states_of_chunks(
+    decays: torch.Tensor, ends: torch.Tensor, rank: int, back: bool = False, implementation: str | None = None
+) -> torch.Tensor:
+    """The states before the two chunks of one rank, from the summaries of all ranks: of c ranks, rank r holds chunks r and 2c - 1 - r.
+
+    decays: [c, 2, ..., hn], every rank's A of its two chunks; ends: [c, 2, 2, ..., hn], its B of keys and values for both, in fp32 (or
+    float64). Returns [2, 2, ..., hn], key and value part for both chunks. ``back`` goes from the end of the sequence: given as ends what
+    adjoint_summary says of the chunks, it returns the gradients of the states after the rank's two. Not differentiable;
+    ``implementation`` as in gated_scan.
+    """
+    if decays.dim() < 3 or ends.shape != (len(decays), 2, *decays.shape[1:]) or decays.shape[1] != 2 or not 0 <= rank < len(decays):
+        raise ValueError(f"rank {rank} cannot have decays {list(decays.shape)} and ends {list(ends.shape)} of two chunks a rank")
+    if _use_triton(implementation, decays, ends):
+        from rat_megatron.ops.gated_scan_triton import states_of_chunks as states_of_chunks_triton
+
+        return states_of_chunks_triton(decays, ends, rank, back)
+    size = len(decays)
+    state, states = torch.zeros_like(ends[0, :, 0]), torch.empty_like(ends[0])
+    for at in range(2 * size):  # back, the order of ranks is the same, and every rank's second chunk comes first
+        owner, chunk = (at, int(back)) if at < size else (2 * size - 1 - at, int(not back))
+        if owner == rank:
+            states[:, chunk] = state
+        state = decays[owner, chunk] * state + ends[owner, :, chunk]
+    return states
+
+
+@torch.no_grad()
+def scan_forward(
+    f: torch.Tensor, k: torch.Tensor, v: torch.Tensor, initial_state: torch.Tensor, training: bool, implementation: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """gated_scan's forward pass alone, for autograd functions that exchange states between the passes, as context parallelism does.
+
+    Arguments, k~ and v~ as in gated_scan. The third result is what scan_backward needs besides the inputs, if ``training``.
+    """
+    if _use_triton(implementation, f, k, v):
+        from rat_megatron.ops.gated_scan_triton import scan_forward as scan_forward_triton
+
+        return scan_forward_triton(f, k, v, initial_state, training)
+    initial_state = initial_state.to(_check(f, k, v))
+    keys, values, _ = _forward(f, k, v, initial_state)
+    return keys, values, initial_state if training else None
+
+
+@torch.no_grad()
+def scan_backward(
+    f: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    saved: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    grad_final: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    implementation: str | None = None,
+) -> None:
+    """gated_scan's backward pass alone: writes the gradients of f, k and v into ``out``, three of their shape and with strides alike.
+
+    f, k, v and saved: what scan_forward was given and returned. grad_k, grad_v [s, b, ng, hn] and grad_final [2, b, ng, hn]: the gradients
+    of k~, of v~ and of the final state, which arrives from after the stretch.
+    """
+    if _use_triton(implementation, f, k, v):
+        from rat_megatron.ops.gated_scan_triton import scan_backward as scan_backward_triton
+
+        return scan_backward_triton(f, k, v, saved, grad_k, grad_v, grad_final, out)
+    for place, gradient in zip(out, _backward(f, k, v, saved, grad_k, grad_v, grad_final)[:3], strict=True):
+        place.copy_(gradient)
+
+
 def _use_triton(implementation: str | None, *tensors: torch.Tensor) -> bool:
     if implementation not in (None, "torch", "triton"):
         raise ValueError(f"implementation is None, 'torch' or 'triton', not {implementation!r}")
@@ -133,33 +202,42 @@ class _GatedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, k, v, initial_state):
         ctx.save_for_backward(f, k, v, initial_state)
-        gate, keep = _gates(f, initial_state.dtype)
-        states = torch.stack([k, v]).to(gate.dtype).mul_(keep)  # [2, s, b, ng, hn]
-        _scan_(gate, states, initial_state)
-        # Copies, so that one output kept alive does not hold the memory of all.
-        return states[0].to(k.dtype, copy=True), states[1].to(v.dtype, copy=True), states[:, -1].clone()
+        return _forward(f, k, v, initial_state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_k, grad_v, grad_final):
-        f, k, v, initial_state = ctx.saved_tensors
-        gate, keep = _gates(f, initial_state.dtype)
-        inputs = torch.stack([k, v]).to(gate.dtype)
-        states = keep * inputs
-        _scan_(gate, states, initial_state)
+        return _backward(*ctx.saved_tensors, grad_k, grad_v, grad_final)
 
-        # The adjoint obeys the same recurrence from the end: dh_t = dx~_t + g_{t+1} dh_{t+1}. The gate that roll() brings round to
-        # the last token meets a zero state.
-        adjoint = torch.stack([grad_k, grad_v]).to(gate.dtype).flip(1)
-        adjoint[:, 0] += grad_final
-        _scan_(gate.roll(-1, 0).flip(0), adjoint, torch.zeros_like(grad_final))
-        adjoint = adjoint.flip(1)
 
-        previous = torch.cat([initial_state[:, None], states[:, :-1]], dim=1)
-        grad_f = (adjoint * (previous - inputs)).sum(0) * gate * keep
-        grad_initial = gate[0] * adjoint[:, 0]
-        grad_k, grad_v = adjoint * keep
-        return grad_f.to(f.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_initial
+def _forward(f, k, v, initial_state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k~, v~ and the final state."""
+    gate, keep = _gates(f, initial_state.dtype)
+    states = torch.stack([k, v]).to(gate.dtype).mul_(keep)  # [2, s, b, ng, hn]
+    _scan_(gate, states, initial_state)
+    # Copies, so that one output kept alive does not hold the memory of all.
+    return states[0].to(k.dtype, copy=True), states[1].to(v.dtype, copy=True), states[:, -1].clone()
+
+
+def _backward(f, k, v, initial_state, grad_k, grad_v, grad_final) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of f, k, v and the initial state."""
+    gate, keep = _gates(f, initial_state.dtype)
+    inputs = torch.stack([k, v]).to(gate.dtype)
+    states = keep * inputs
+    _scan_(gate, states, initial_state)
+
+    # The adjoint obeys the same recurrence from the end: dh_t = dx~_t + g_{t+1} dh_{t+1}. The gate that roll() brings round to
+    # the last token meets a zero state.
+    adjoint = torch.stack([grad_k, grad_v]).to(gate.dtype).flip(1)
+    adjoint[:, 0] += grad_final
+    _scan_(gate.roll(-1, 0).flip(0), adjoint, torch.zeros_like(grad_final))
+    adjoint = adjoint.flip(1)
+
+    previous = torch.cat([initial_state[:, None], states[:, :-1]], dim=1)
+    grad_f = (adjoint * (previous - inputs)).sum(0) * gate * keep
+    grad_initial = gate[0] * adjoint[:, 0]
+    grad_k, grad_v = adjoint * keep
+    return grad_f.to(f.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_initial
 
 
 def _check(f: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.dtype:

@@ -277,3 +277,33 @@ def gated_scan_join(parts, out, size, PIECES: tl.constexpr, LANES: tl.constexpr)
     tl.store(out, a, mask=last)
     tl.store(out + size, x, mask=last)
     tl.store(out + 2 * size, y, mask=last)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def gated_scan_states(decays, ends, out, rank, size, decays_r, ends_r, RANKS: tl.constexpr, BACK: tl.constexpr, LANES: tl.constexpr):
+    """out [2, 2, size]: key and value part of the states before two chunks of RANKS * 2, those numbered rank and 2 * RANKS - 1 - rank.
+
+    decays [RANKS, 2, size], ends [RANKS, 2, 2, size]: of every rank's two chunks. BACK: from the last chunk to the first.
+    """
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    there = lane < size
+    decays += lane
+    ends += lane
+    k = tl.zeros((LANES,), tl.float32)
+    v, k_up, v_up, k_down, v_down = k, k, k, k, k
+    # What is found is written at the end: a store among the loads would keep them from being under way together.
+    for at in tl.static_range(2 * RANKS):
+        owner = at if at < RANKS else 2 * RANKS - 1 - at
+        chunk = BACK if at < RANKS else 1 - BACK  # back, the order of ranks is the same, and every rank's second chunk comes first
+        if at < RANKS:
+            k_up, v_up = tl.where(owner == rank, k, k_up), tl.where(owner == rank, v, v_up)
+        else:
+            k_down, v_down = tl.where(owner == rank, k, k_down), tl.where(owner == rank, v, v_down)
+        a = tl.load(decays + owner * decays_r + chunk * size, mask=there, other=0.0)
+        k = a * k + tl.load(ends + owner * ends_r + chunk * size, mask=there, other=0.0)
+        v = a * v + tl.load(ends + owner * ends_r + (2 + chunk) * size, mask=there, other=0.0)
+    out += lane
+    tl.store(out + BACK * size, k_up, mask=there)
+    tl.store(out + (2 + BACK) * size, v_up, mask=there)
+    tl.store(out + (1 - BACK) * size, k_down, mask=there)
+    tl.store(out + (3 - BACK) * size, v_down, mask=there)

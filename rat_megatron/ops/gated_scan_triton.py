@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops.gated_scan import projection_widths
-from rat_megatron.ops.gated_scan_kernels_triton import gated_scan_backward, gated_scan_forward, gated_scan_join, gated_scan_summary
+from rat_megatron.ops.gated_scan_kernels_triton import (
+    gated_scan_backward,
+    gated_scan_forward,
+    gated_scan_join,
+    gated_scan_states,
+    gated_scan_summary,
+)
 from rat_megatron.ops.rope import check_rope
 from rat_megatron.ops.rope_triton import turn
 
@@ -73,6 +79,43 @@ def adjoint_summary(f: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor:
     """The gradient of the initial state from a stretch's own outputs: f, dk~, dv~ [s, b, ng, hn] -> fp32 [2, b, ng, hn]."""
     _check(f, grad_k, grad_v)
     return _summarise(f, grad_k, grad_v, adjoint=True)[1:]
+
+
+@torch.no_grad()
+def states_of_chunks(decays: Tensor, ends: Tensor, rank: int, back: bool = False) -> Tensor:
+    """The states before a rank's two chunks: fp32 decays [c, 2, ..., hn] and ends [c, 2, 2, ..., hn] -> [2, 2, ..., hn]."""
+    decays, ends = (x if x[0].is_contiguous() else x.contiguous() for x in (decays, ends))
+    out = torch.empty(ends.shape[1:], dtype=torch.float32, device=ends.device)
+    size = out[0, 0].numel()
+    gated_scan_states[(triton.cdiv(size, 128),)](
+        decays, ends, out, rank, size, decays.stride(0), ends.stride(0), RANKS=len(decays), BACK=int(back), LANES=128, num_warps=1
+    )
+    return out
+
+
+@torch.no_grad()
+def scan_forward(f: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """gated_scan's forward pass alone: k~, v~ and, for scan_backward, the states within. The outputs' order in memory is that of k."""
+    _check(f, k, v)
+    f, k, v = _unit_stride(f), _unit_stride(k), _unit_stride(v)
+    keys, values, _, saved = _launch_forward(f, k, v, initial_state.float().contiguous(), None, None, training)
+    return keys, values, saved
+
+
+@torch.no_grad()
+def scan_backward(
+    f: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_final: Tensor,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """gated_scan's backward pass alone, into ``out``: gradients of f, k and v [s, b, ng, hn], with unit stride in hn."""
+    f, k, v = _unit_stride(f), _unit_stride(k), _unit_stride(v)
+    _launch_backward(f, k, v, saved, None, None, grad_k, grad_v, grad_final.float().contiguous(), *out)
 
 
 class _GatedScan(torch.autograd.Function):

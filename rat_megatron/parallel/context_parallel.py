@@ -6,14 +6,23 @@ tensors are [s, b, heads, hn] with the rank's two chunks one after the other in 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rat_megatron.ops.dilated_attention import dilated_attention, segment_attention
-from rat_megatron.ops.gated_scan import adjoint_summary, gated_scan, scan_summary
+from rat_megatron.ops.dilated_attention import dilated_attention, kept_positions, segment_attention
+from rat_megatron.ops.gated_scan import (
+    adjoint_summary,
+    projection_widths,
+    scan_backward,
+    scan_forward,
+    scan_summary,
+    states_of_chunks,
+)
 from rat_megatron.pattern import HeadPattern, LayerPattern
 
 
@@ -22,66 +31,70 @@ def chunks_of(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def in_sequence_order(gathered: Tensor, size: int) -> Tensor:
-    """Chunks gathered along dimension 0, rank by rank, brought into the order of the sequence: [2c * n, ...] -> [2c * n, ...]."""
+def in_sequence_order(gathered: Tensor, size: int) -> list[Tensor]:
+    """The chunks [n, ...], in the order of the sequence, of what was gathered along dimension 0 rank by rank, [2c * n, ...]."""
     order = [chunk for rank in range(size) for chunk in chunks_of(rank, size)]
-    chunks = gathered.chunk(2 * size)
-    return torch.cat([chunks[order.index(chunk)] for chunk in range(2 * size)])
+    chunks = gathered.split(len(gathered) // (2 * size))
+    return [chunks[order.index(chunk)] for chunk in range(2 * size)]
 
 
 # ---- the recurrence ------------------------------------------------------------------------------------------------------------------
 
 
-def gated_scan_context_parallel(f: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """gated_scan over the whole sequence, of which this rank holds two chunks: f, k, v [s, b, ng, hn] -> k~, v~ [s, b, ng, hn].
+def scan_of_projection_context_parallel(
+    projection: Tensor, query_width: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scan_of_projection over the whole sequence, of which this rank holds two chunks, without RoPE.
 
-    What a chunk does to the state is h_out = A * h_in + B. The ranks exchange (A, B) in fp32, [2, 3, b, ng, hn] each, and every chunk
-    runs from its true state; the backward pass exchanges the same the other way round. Nothing is computed in logarithms.
+    projection: [s, b, ng, 2 * query_width + 3 * hn] -> query and output gate [s, b, ng, query_width], k~ and v~ [s, b, ng, hn]. What a
+    chunk does to the state is h_out = A * h_in + B. The ranks exchange (A, B) in fp32, [2, 3, b, ng, hn] each, and every chunk runs from
+    its true state; the backward pass exchanges the same the other way round. Nothing is computed in logarithms.
     """
-    return _ContextParallelScan.apply(f, k, v, group)
+    training = torch.is_grad_enabled() and projection.requires_grad
+    return _ScanOfProjection.apply(projection, projection_widths(projection, query_width), group, training)
 
 
-class _ContextParallelScan(torch.autograd.Function):
+class _ScanOfProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, f, k, v, group):
-        rank, size = group.rank(), group.size()
-        chunks = [[x.detach().requires_grad_() for x in inputs] for inputs in zip(f.chunk(2), k.chunk(2), v.chunk(2), strict=True)]
-        summaries = in_sequence_order(_all_gather(torch.stack([scan_summary(*inputs) for inputs in chunks]), group), size)
-        decays, states, state = summaries[:, :1], [], torch.zeros_like(summaries[0, 1:])
-        for decay, ends in zip(decays, summaries[:, 1:], strict=True):  # [1, b, ng, hn], [2, b, ng, hn]
-            states.append(state)
-            state = decay * state + ends
-        # The local graph is kept: its backward is run with the adjoint that comes from the later chunks.
-        with torch.enable_grad():
-            ctx.local = [(inputs, gated_scan(*inputs, states[at])) for inputs, at in zip(chunks, chunks_of(rank, size), strict=True)]
-        ctx.decays, ctx.group = decays, group
-        (_, first), (_, second) = ctx.local
-        return torch.cat([first[0].detach(), second[0].detach()]), torch.cat([first[1].detach(), second[1].detach()])
+    def forward(ctx, projection, widths, group, training):
+        query, gate, *_ = projection.split(widths, dim=-1)
+        _, _, k, v, f = _side_by_side(projection).split(widths, dim=-1)
+        summaries = _all_gather(scan_summary(f, k, v), group)  # [c, 3, 2, b * ng, hn]
+        decays, ends = summaries[:, 0], summaries[:, 1:]
+        keys, values, saved = scan_forward(f, k, v, states_of_chunks(decays, ends, group.rank()), training)
+        ctx.save_for_backward(projection, saved, decays)
+        ctx.widths, ctx.group = widths, group
+        return query, gate, *(x.transpose(0, 1).reshape(*query.shape[:3], -1) for x in (keys, values))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_k, grad_v):
-        rank, size = ctx.group.rank(), ctx.group.size()
-        incoming = list(zip(grad_k.chunk(2), grad_v.chunk(2), strict=True))
-        own = torch.stack([adjoint_summary(inputs[0], *grads) for (inputs, _), grads in zip(ctx.local, incoming, strict=True)])
-        starts = in_sequence_order(_all_gather(own, ctx.group), size)
-        adjoint, adjoints = torch.zeros_like(starts[0]), []
-        for decay, start in zip(reversed(ctx.decays), reversed(starts), strict=True):
-            adjoints.append(adjoint)  # of the state after this chunk
-            adjoint = decay * adjoint + start
-        adjoints.reverse()
-        grads = []
-        for (inputs, outputs), (chunk_grad_k, chunk_grad_v), at in zip(ctx.local, incoming, chunks_of(rank, size), strict=True):
-            grads.append(torch.autograd.grad(outputs, inputs, (chunk_grad_k, chunk_grad_v, adjoints[at])))
-        del ctx.local
-        return *(torch.cat(pair) for pair in zip(*grads, strict=True)), None
+    def backward(ctx, grad_query, grad_gate, grad_k, grad_v):
+        projection, saved, decays = ctx.saved_tensors
+        _, _, k, v, f = _side_by_side(projection).split(ctx.widths, dim=-1)
+        grad_k, grad_v = _side_by_side(grad_k), _side_by_side(grad_v)
+        starts = _all_gather(adjoint_summary(f, grad_k, grad_v), ctx.group)  # [c, 2, 2, b * ng, hn]
+        adjoints = states_of_chunks(decays, starts, ctx.group.rank(), back=True)
+
+        grad = torch.empty(projection.shape, dtype=projection.dtype, device=projection.device)
+        out_query, out_gate, *_ = grad.split(ctx.widths, dim=-1)
+        out_query.copy_(grad_query)
+        out_gate.copy_(grad_gate)
+        _, _, out_k, out_v, out_f = _side_by_side(grad).split(ctx.widths, dim=-1)
+        scan_backward(f, k, v, saved, grad_k, grad_v, adjoints, (out_f, out_k, out_v))
+        return grad, None, None, None
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """A rank's two chunks as a batch: x [s, b, ng, n] -> [s / 2, 2, b * ng, n]. A view, where b and ng are one dimension in memory."""
+    length, batch, groups, _ = x.shape
+    return x.reshape(2, length // 2, batch * groups, -1).transpose(0, 1)
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x of every rank along dimension 0: [n, ...] -> [c * n, ...]."""
+    """x of every rank: [...] -> [c, ...]."""
     gathered = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-    return gathered
+    return gathered.unflatten(0, (group.size(), x.shape[0]))
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------------------------
@@ -95,53 +108,94 @@ def attention_context_parallel(
     A dilated pattern gathers the kept keys and the sinks and receives a window's worth of keys before each chunk; dense and top-k ones
     gather every key. A chunk must be a multiple of the dilation.
     """
-    heads, groups = q.shape[2], k.shape[2]
     if pattern.is_uniform:
         return _attend(q, k, v, pattern.heads[0], softmax_scale, group)
-    outputs = torch.empty_like(q)
+    # Split and joined by head: an index of heads would be copied from the host in every step.
+    q_heads, k_heads, v_heads = (x.split(1, dim=2) for x in (q, k, v))
+    share, outputs = len(q_heads) // len(k_heads), {}
     for head in dict.fromkeys(pattern.heads):
-        members = [h for h in range(heads) if pattern.heads[h] == head]
-        shared = [h // (heads // groups) for h in members]
-        outputs[:, :, members] = _attend(q[:, :, members], k[:, :, shared], v[:, :, shared], head, softmax_scale, group)
-    return outputs
+        members = [h for h in range(len(q_heads)) if pattern.heads[h] == head]
+        queries = torch.cat([q_heads[h] for h in members], dim=2)
+        keys, values = (torch.cat([x[h // share] for h in members], dim=2) for x in (k_heads, v_heads))
+        outputs |= zip(members, _attend(queries, keys, values, head, softmax_scale, group).split(1, dim=2), strict=True)
+    return torch.cat([outputs[h] for h in range(len(q_heads))], dim=2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: float, group: dist.ProcessGroup) -> Tensor:
-    rank, size, length = group.rank(), group.size(), q.shape[0] // 2
-    kv = torch.cat([k, v], dim=2)  # [s, b, 2 ng, hn]: one message for both
+    size, length, chunks = group.size(), q.shape[0] // 2, chunks_of(group.rank(), group.size())
     if head.is_dense or head.blocks or max(head.window, head.sinks) > length:
-        keys, values = in_sequence_order(gather_from_sequence_parallel_region(kv, group=group), size).chunk(2, dim=2)
-        at = torch.cat([torch.arange(length, device=q.device) + chunk * length for chunk in chunks_of(rank, size)])
+        kv = torch.cat([k, v], dim=2)  # [s, b, 2 ng, hn]: one message for both
+        keys, values = torch.cat(in_sequence_order(gather_from_sequence_parallel_region(kv, group=group), size)).chunk(2, dim=2)
+        at = torch.cat([torch.arange(chunk * length, (chunk + 1) * length, device=q.device) for chunk in chunks])
         every = torch.arange(keys.shape[0], device=q.device)
         return dilated_attention(q, keys, values, LayerPattern((head,)), softmax_scale, at, every)
 
-    kept, kept_at = _gather_kept(kv, head, group)
-    halos = _Halo.apply(kv, head.window, group) if head.window else [kv[:0], kv[:0]]
+    if head.dilation is not None and length % head.dilation:
+        raise ValueError(f"a context-parallel chunk of {length} tokens is not a multiple of the dilation of '{head}'")
+    (*k_chunks, dilated_k, sinks_k, tails_k), (*v_chunks, dilated_v, sinks_v, tails_v) = (_Slices.apply(x, head) for x in (k, v))
+    pairs = (dilated_k, dilated_v), (sinks_k, sinks_v), (tails_k, tails_v)
+    # One message for keys and values, [..., b, 2 ng * hn]. More than four dimensions, and torch would launch a copy of each.
+    dilated, sinks, tails = (torch.cat([x.flatten(-2) for x in pair], dim=-1) for pair in pairs)
+    kept_k, kept_v = _keys_and_values(_gather_kept(dilated, sinks, head, group), k)
+    kept_at = _kept_at(head, 2 * size * length)
+    halos = _Halo.apply(tails, group) if head.window else tails
     outputs = []
-    for slot, (chunk, q_chunk, kv_chunk) in enumerate(zip(chunks_of(rank, size), q.chunk(2), kv.chunk(2), strict=True)):
-        local = torch.cat([halos[slot], kv_chunk]) if chunk else kv_chunk  # before the first chunk there is nothing
-        keys, values = local.chunk(2, dim=2)
-        kept_keys, kept_values = kept.chunk(2, dim=2)
-        outputs.append(segment_attention(q_chunk, keys, values, kept_keys, kept_values, kept_at, head, softmax_scale, chunk * length))
+    for chunk, q_chunk, keys, values, halo in zip(chunks, q.chunk(2), k_chunks, v_chunks, halos, strict=True):
+        if head.window and chunk:  # before the first chunk there is nothing
+            keys, values = (torch.cat(pair) for pair in zip(_keys_and_values(halo, k), (keys, values), strict=True))
+        outputs.append(segment_attention(q_chunk, keys, values, kept_k, kept_v, kept_at, head, softmax_scale, chunk * length))
     return torch.cat(outputs)
 
 
-def _gather_kept(kv: Tensor, head: HeadPattern, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The dilated and sink keys of the whole sequence and their positions, in order: [n, b, 2 ng, hn] and [n]."""
-    size, length = group.size(), kv.shape[0] // 2
-    parts, positions = [kv[:0]], [torch.arange(0)]
+class _Slices(torch.autograd.Function):
+    """A rank's keys or values x [s, b, ng, hn] -> its first and second chunk, and what _shared() says that others need of them.
+
+    One function, so that backward sums all gradients in one buffer: torch's slices would each fill one of x's length.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head):
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        return *x.chunk(2), *_shared(x, head)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, first, second, *others):
+        grad = torch.cat([first, second])
+        for place, other in zip(_shared(grad, ctx.head), others, strict=True):
+            if other is not None and other.numel():
+                place.add_(other)
+        return grad, None
+
+
+def _shared(x: Tensor, head: HeadPattern) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of x [s, b, ng, hn]: dilated keys [n, ...], the first S (the sinks, on the first rank), the chunks' last [2, window, ...]."""
+    chunks = x.unflatten(0, (2, -1))
+    dilated = x[:0] if head.dilation is None else x[head.dilation - 1 :: head.dilation]  # a chunk is whole dilation steps
+    return dilated, x[: head.sinks], chunks[:, chunks.shape[1] - head.window :]
+
+
+def _gather_kept(dilated: Tensor, sinks: Tensor, head: HeadPattern, group: dist.ProcessGroup) -> Tensor:
+    """The sinks and dilated keys of the whole sequence, in order [N, b, m], from this rank's dilated [n, b, m] and first keys [S, b, m]."""
+    parts = [_FromFirstRank.apply(sinks, group)] if head.sinks else [sinks]
     if head.dilation is not None:
-        if length % head.dilation:
-            raise ValueError(f"a context-parallel chunk of {length} tokens is not a multiple of the dilation of '{head}'")
-        own = kv[head.dilation - 1 :: head.dilation]  # a chunk is whole dilation steps, so this also holds across the two chunks
-        parts.append(in_sequence_order(gather_from_sequence_parallel_region(own.contiguous(), group=group), size))
-        positions.append(torch.arange(head.dilation - 1, 2 * size * length, head.dilation))
-    sinks = torch.tensor([p for p in range(head.sinks) if head.dilation is None or (p + 1) % head.dilation], dtype=torch.long)
-    if len(sinks):
-        parts.append(_FromFirstRank.apply(kv[sinks.to(kv.device)], group))
-        positions.append(sinks)
-    order = torch.argsort(torch.cat(positions))
-    return torch.cat(parts)[order.to(kv.device)], torch.cat(positions)[order]
+        first, *later = in_sequence_order(gather_from_sequence_parallel_region(dilated, group=group), group.size())
+        if head.sinks >= head.dilation:
+            first = first[head.sinks // head.dilation :]  # those before are sinks too
+        parts += [first, *later]
+    return torch.cat(parts)
+
+
+def _keys_and_values(kv: Tensor, k: Tensor) -> list[Tensor]:
+    """The two parts of a message [n, b, 2 ng * hn] -> [n, b, ng, hn] as in k."""
+    return [x.unflatten(-1, k.shape[2:]) for x in kv.chunk(2, dim=-1)]
+
+
+@functools.cache
+def _kept_at(head: HeadPattern, length: int) -> Tensor:
+    """kept_positions(), on the CPU, where the torch implementation wants them; computed once, since no kernel reads them."""
+    return kept_positions(head, length)
 
 
 class _FromFirstRank(torch.autograd.Function):
@@ -150,40 +204,33 @@ class _FromFirstRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        x = x.contiguous().clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.broadcast(x, group_src=0, group=group)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.reduce(grad, group_dst=0, group=ctx.group)
-        return grad if ctx.group.rank() == 0 else torch.zeros_like(grad), None
+        return grad if ctx.group.rank() == 0 else None, None
 
 
 class _Halo(torch.autograd.Function):
-    """The ``window`` tokens before each of this rank's chunks: x [s, ...] -> [2, window, ...]; zeros before the first chunk.
+    """The last tokens of this rank's chunks [2, w, ...] -> those before its first and second, [w, ...] each; zeros before the first.
 
     Neighbours in the sequence are neighbours in the group, so each rank talks to two others at most.
     """
 
     @staticmethod
-    def forward(ctx, x, window, group):
-        ctx.window, ctx.group, ctx.shape = window, group, x.shape
-        first, second = x.chunk(2)
-        return torch.stack(_shift(first[-window:], second[-window:], group))
+    def forward(ctx, tails, group):
+        ctx.group = group
+        return _shift(*tails, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        before_first, before_second = grad
-        grad_x = grad.new_zeros(ctx.shape)
-        first, second = grad_x.chunk(2)
-        tail_first, tail_second = _shift(before_first, before_second, ctx.group, backward=True)
-        first[-ctx.window :] += tail_first
-        second[-ctx.window :] += tail_second
-        return grad_x, None, None
+    def backward(ctx, before_first, before_second):
+        return torch.stack(_shift(before_first, before_second, ctx.group, backward=True)), None
 
 
 def _shift(first: Tensor, second: Tensor, group: dist.ProcessGroup, backward: bool = False) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,10 @@ from rat_megatron.ops import gated_scan as public
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from rat_megatron.ops import gated_scan_triton
 from rat_megatron.ops.gated_scan_triton import adjoint_summary, gated_scan, scan_summary
 from rat_megatron.ops.rope import turn
+from tests.ranks_in_turns import scan_in_turns
 
 definition = SimpleNamespace(
     **{name: partial(getattr(public, name), implementation="torch") for name in ("gated_scan", "scan_summary", "adjoint_summary")}
@@ -134,3 +136,47 @@ def test_scan_of_a_projection_is_that_of_its_slices(length, groups, query_width)
     gradient, wanted = torch.autograd.grad(outputs, used_up, weights)[0], torch.autograd.grad(expected, projection, weights)[0]
     assert torch.equal(gradient[..., query_width:], wanted[..., query_width:])
     assert_close([gradient[..., :query_width]], [wanted[..., :query_width]], 5e-3)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("size", "shape"), [(1, (2, 128)), (2, (32, 128)), (8, (3, 5, 43))])
+def test_states_of_chunks(size, shape, back):
+    gathered = torch.randn(size, 3, 2, *shape, device="cuda")
+    decays, ends = gathered[:, 0].sigmoid_(), gathered[:, 1:]
+    for rank in range(size):
+        states = public.states_of_chunks(decays, ends, rank, back, implementation="triton")
+        exact = public.states_of_chunks(decays.double(), ends.double(), rank, back)
+        torch.testing.assert_close(states.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_states_of_chunks_chooses_the_kernel(monkeypatch):
+    gathered = torch.randn(4, 3, 2, 4, 128, device="cuda")
+    decays, ends = gathered[:, 0].sigmoid_(), gathered[:, 1:]
+    launched = []
+    monkeypatch.setattr(gated_scan_triton, "states_of_chunks", lambda *args: launched.append(args))
+    public.states_of_chunks(decays, ends, 1)
+    public.states_of_chunks(decays.double(), ends.double(), 1)
+    assert len(launched) == 1
+
+
+# Every rank after the other, on one GPU. Few heads and a long chunk: longer chunks of the forward kernel.
+@pytest.mark.parametrize(
+    ("size", "chunk", "batch", "groups", "hn", "dtype", "tolerance"),
+    [
+        (2, 1024, 1, 16, 128, torch.bfloat16, 5e-3),
+        (2, 333, 2, 3, 128, torch.bfloat16, 5e-3),
+        (4, 65, 2, 2, 64, torch.float32, 2e-6),
+        (2, 16384, 1, 1, 128, torch.bfloat16, 5e-3),
+    ],
+)
+def test_a_scan_over_several_ranks_is_that_of_one(size, chunk, batch, groups, hn, dtype, tolerance, monkeypatch):
+    query_width = 2 * hn
+    projection = torch.randn(2 * size * chunk, batch, groups, 2 * query_width + 3 * hn, device="cuda").to(dtype)
+    exact = projection.double().requires_grad_()
+    expected = public.scan_of_projection(exact, query_width)
+    weights = [torch.randn(x.shape, device="cuda").to(dtype) for x in expected]
+    gradient = torch.autograd.grad(expected, exact, [x.double() for x in weights])
+    actual = scan_in_turns(monkeypatch, projection, query_width, weights, size)
+    assert_close(actual, [*expected, *gradient], tolerance)
+    again = scan_in_turns(monkeypatch, projection, query_width, weights, size)
+    assert all(torch.equal(a, b) for a, b in zip(again, actual, strict=True))

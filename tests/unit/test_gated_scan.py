@@ -3,8 +3,17 @@
 import pytest
 import torch
 
-from rat_megatron.ops.gated_scan import adjoint_summary, gated_scan, scan_summary
+from rat_megatron.ops.gated_scan import (
+    adjoint_summary,
+    gated_scan,
+    scan_backward,
+    scan_forward,
+    scan_of_projection,
+    scan_summary,
+    states_of_chunks,
+)
 from tests import reference
+from tests.ranks_in_turns import own_part, scan_in_turns
 
 LENGTHS = [1, 2, 17, 64, 65, 300]  # below, at and above a chunk; 300 leaves tokens past the last full chunk
 
@@ -161,3 +170,45 @@ def test_adjoint_summary_is_the_gradient_of_the_initial_state(length):
     out_k, out_v, _ = gated_scan(f, k, v, initial)
     (expected,) = torch.autograd.grad((out_k * grad_k + out_v * grad_v).sum(), initial)
     assert (adjoint_summary(f, grad_k, grad_v) - expected).norm() < 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_states_of_chunks_are_those_of_one_chunk_after_the_other(size, back):
+    decays, ends = torch.rand(2 * size, 2, 3, dtype=torch.float64), torch.randn(2 * size, 2, 2, 3, dtype=torch.float64)
+    before, state = [None] * 2 * size, torch.zeros(2, 2, 3, dtype=torch.float64)
+    for chunk in reversed(range(2 * size)) if back else range(2 * size):
+        before[chunk], state = state, decays[chunk] * state + ends[chunk]
+    gathered_decays = torch.stack([own_part(decays, rank, size) for rank in range(size)])
+    gathered_ends = torch.stack([own_part(ends, rank, size) for rank in range(size)]).transpose(1, 2)
+    for rank in range(size):
+        actual = states_of_chunks(gathered_decays, gathered_ends, rank, back)
+        assert torch.equal(actual.transpose(0, 1), own_part(torch.stack(before), rank, size))
+
+
+def test_states_of_chunks_refuses_what_does_not_fit():
+    decays, ends = torch.rand(2, 2, 3), torch.rand(2, 2, 2, 3)
+    for wrong in ((decays[:1], ends, 0), (decays, ends[:, :1], 0), (decays[:, :1], ends[:, :, :1], 0), (decays, ends, 2)):
+        with pytest.raises(ValueError, match="two chunks a rank"):
+            states_of_chunks(*wrong)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_both_passes_alone_are_those_of_autograd(length):
+    f, k, v, state = random_inputs(length)
+    expected = gated_scan(f, k, v, state)
+    weights = [torch.randn_like(x) for x in expected]
+    *outputs, saved = scan_forward(f, k, v, state, training=True)
+    out = torch.empty(length, 2, 3, 12, dtype=torch.float64).chunk(3, dim=-1)
+    scan_backward(f, k, v, saved, *weights, out)
+    assert_close([*outputs, *out], [*expected[:2], *torch.autograd.grad(expected, (f, k, v), weights)], 1e-12)
+    assert scan_forward(f, k, v, state, training=False)[2] is None
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(1, 3), (2, 1), (2, 70), (4, 17)])
+def test_a_scan_over_several_ranks_is_that_of_one(size, chunk, monkeypatch):
+    projection = torch.randn(2 * size * chunk, 2, 3, 2 * 10 + 3 * 5, dtype=torch.float64).requires_grad_()
+    expected = scan_of_projection(projection, 10)
+    weights = [torch.randn_like(x) for x in expected]
+    actual = scan_in_turns(monkeypatch, projection, 10, weights, size)
+    assert_close(actual, [*expected, *torch.autograd.grad(expected, projection, weights)], 1e-12)

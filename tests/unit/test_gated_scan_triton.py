@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rat_megatron.ops import gated_scan as definition
+from tests.ranks_in_turns import scan_in_turns
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
@@ -104,6 +105,73 @@ def test_chunks_joined_by_their_summaries_equal_one_scan(length, logit):
     exact = [x.double().requires_grad_() for x in (f, k, v)]
     expected = definition.gated_scan(*exact)[:2]
     assert_close(actual, [*expected, *torch.autograd.grad(expected, exact, [x.double() for x in weights])])
+
+
+@in_interpreter
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("size", "shape"), [(1, (1, 1, 1)), (2, (3, 43)), (4, (2, 3, 5))])
+def test_states_of_chunks_are_those_of_the_torch_implementation(size, shape, back):
+    gathered = torch.randn(size, 3, 2, *shape)
+    decays, ends = gathered[:, 0].sigmoid_(), gathered[:, 1:]
+    for rank in range(size):
+        states = [definition.states_of_chunks(decays, ends, rank, back, way) for way in ("triton", "torch")]
+        torch.testing.assert_close(*states)
+        outside = ends.permute(1, 2, 0, *range(3, ends.dim())).contiguous().permute(2, 0, 1, *range(3, ends.dim()))
+        assert torch.equal(definition.states_of_chunks(decays, outside, rank, back, "triton"), states[0]), "other strides"
+
+
+@in_interpreter
+def test_both_passes_alone_are_those_of_the_scan():
+    """Two chunks as a batch, as context parallelism has them; nothing but the gradients' own places is written."""
+    length, heads, hn = 70, 3, 5
+    x = torch.randn(2, length, heads, 3 * hn).transpose(0, 1)  # [s, 2, heads, 3 * hn]
+    f, k, v = x.chunk(3, dim=-1)
+    state, grad_final = (torch.randn(2, 2, heads, hn) for _ in range(2))
+    weights = [torch.randn(2, length, heads, hn).transpose(0, 1) for _ in range(2)]
+    exact = [x.double().requires_grad_() for x in (f, k, v, state)]
+    expected = definition.gated_scan(*exact)
+    gradients = torch.autograd.grad(expected, exact[:3], [x.double() for x in (*weights, grad_final)])
+    for implementation in ("triton", "torch"):
+        *outputs, saved = definition.scan_forward(f, k, v, state, True, implementation)
+        assert_close(outputs, expected[:2])
+        if implementation == "triton":
+            assert all(x.transpose(0, 1).is_contiguous() for x in outputs), "a rank's output without another pass over memory"
+        *again, nothing = definition.scan_forward(f, k, v, state, False, implementation)
+        assert nothing is None
+        assert_close(again, expected[:2])
+        grad = torch.full((2, length, heads, 3 * hn + 1), torch.nan).transpose(0, 1)
+        out = grad[..., :-1].chunk(3, dim=-1)
+        definition.scan_backward(f, k, v, saved, *weights, grad_final, out, implementation)
+        assert_close(out, gradients)
+        assert grad[..., -1].isnan().all()
+
+
+@in_interpreter
+@pytest.mark.parametrize(
+    ("size", "chunk", "batch", "groups", "hn", "query_width", "outermost", "dtype"),
+    [
+        (2, 9, 1, 1, 4, 8, False, torch.float32),
+        (1, 66, 2, 2, 5, 10, False, torch.float32),  # an odd number of channels, queries of two heads in a group
+        (2, 7, 2, 2, 4, 4, True, torch.float32),  # sequences and groups that are not one dimension in memory
+        (3, 8, 2, 1, 4, 12, False, torch.bfloat16),
+        (1, 1, 1, 2, 2, 2, False, torch.float32),
+    ],
+)
+def test_a_scan_over_several_ranks_is_that_of_one(size, chunk, batch, groups, hn, query_width, outermost, dtype, monkeypatch):
+    length = 2 * size * chunk
+    shape = (length, batch, groups, 2 * query_width + 3 * hn)
+    projection = torch.randn(shape).to(dtype)
+    if outermost:
+        projection = projection.transpose(0, 1).contiguous().transpose(0, 1)
+    exact = projection.double().requires_grad_()
+    expected = definition.scan_of_projection(exact, query_width)
+    weights = [torch.randn(x.shape).to(dtype) for x in expected]
+    gradient = torch.autograd.grad(expected, exact, [x.double() for x in weights])
+    for fused in (True, False):
+        monkeypatch.setattr(definition, "triton_takes", lambda *tensors, fused=fused: fused)
+        actual = scan_in_turns(monkeypatch, projection, query_width, weights, size)
+        assert all(x.dtype == dtype for x in actual)
+        assert_close(actual, [*expected, *gradient], 5e-6 if dtype == torch.float32 else 5e-3)
 
 
 @in_interpreter
