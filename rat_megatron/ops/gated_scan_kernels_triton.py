@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from rat_megatron.ops.gated_scan_parts_triton import (
-    await_state,
+    again,
+    enter,
     fold,
     fold_adjoint,
     join,
@@ -22,7 +23,6 @@ from rat_megatron.ops.gated_scan_parts_triton import (
     load_rows,
     load_state,
     origin,
-    publish_state,
     rotate,
     run,
     run_adjoint,
@@ -34,10 +34,10 @@ from rat_megatron.ops.gated_scan_parts_triton import (
 
 @triton.jit
 def gated_scan_forward(
-    f, k, v, out_k, out_v, initial, chain, saved, final, cos, sin, length, heads, groups,
+    f, k, v, out_k, out_v, initial, chain, saved, final, cos, sin, length, heads, groups, chunks,
     f_s, f_b, f_g, k_s, k_b, k_g, v_s, v_b, v_g, o_s, o_b, o_g, saved_s, saved_part, saved_b, saved_g, saved_half,
-    HN: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
-    INITIAL: tl.constexpr, SAVE: tl.constexpr, ROPE: tl.constexpr, KEEP: tl.constexpr,
+    HN: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    INITIAL: tl.constexpr, GROUPED: tl.constexpr, SAVE: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     PAIR: tl.constexpr = (HN + 1) // 2
     chunk = tl.program_id(0) // heads
@@ -45,91 +45,42 @@ def gated_scan_forward(
     row = tl.arange(0, WIDTH)[:, None]
     lane = tl.arange(0, HALF)[None, :]
     low, high = lane < PAIR, lane < HN - PAIR
-    first = (chunk.to(tl.int64) * WIDTH + row) * (BLOCKS * STEPS)
+    first = (chunk.to(tl.int64) * WIDTH + row) * STEPS
     f += origin(head, groups, f_b, f_g) + first * f_s + lane
     k += origin(head, groups, k_b, k_g) + first * k_s + lane
     v += origin(head, groups, v_b, v_g) + first * v_s + lane
     out = origin(head, groups, o_b, o_g) + first * o_s + lane
     size = tl.cast(heads, tl.int64) * HN
     here = head.to(tl.int64) * HN + lane + tl.zeros((WIDTH, 1), tl.int32)
-    if SAVE:
-        saved += origin(head, groups, saved_b, saved_g) + lane
 
-    a_l = tl.full((WIDTH, HALF), 1.0, tl.float32)
-    k_l = tl.zeros((WIDTH, HALF), tl.float32)
-    v_l, a_h, k_h, v_h = k_l, a_l, k_l, k_l
     left = length - first
     f_low, f_high = load_halves(f, f_s, float("inf"), PAIR, low, high, left, STEPS, EVEN)
     k_low, k_high = load_halves(k, k_s, 0.0, PAIR, low, high, left, STEPS, EVEN)
     v_low, v_high = load_halves(v, v_s, 0.0, PAIR, low, high, left, STEPS, EVEN)
-    a_l, k_l, v_l = fold(f_low, k_low, v_low, a_l, k_l, v_l, STEPS)
-    a_h, k_h, v_h = fold(f_high, k_high, v_high, a_h, k_h, v_h, STEPS)
-    for block in range(1, BLOCKS):
-        at = block * STEPS
-        f_next, f_next_h = load_halves(f + at * f_s, f_s, float("inf"), PAIR, low, high, left - at, STEPS, EVEN)
-        k_next, k_next_h = load_halves(k + at * k_s, k_s, 0.0, PAIR, low, high, left - at, STEPS, EVEN)
-        v_next, v_next_h = load_halves(v + at * v_s, v_s, 0.0, PAIR, low, high, left - at, STEPS, EVEN)
-        a_l, k_l, v_l = fold(f_next, k_next, v_next, a_l, k_l, v_l, STEPS)
-        a_h, k_h, v_h = fold(f_next_h, k_next_h, v_next_h, a_h, k_h, v_h, STEPS)
-    a_l, k_l, v_l, a0_l, k0_l, v0_l = scan(a_l, k_l, v_l)
-    a_h, k_h, v_h, a0_h, k0_h, v0_h = scan(a_h, k_h, v_h)
+    one, zero = tl.full((WIDTH, HALF), 1.0, tl.float32), tl.zeros((WIDTH, HALF), tl.float32)
+    a_l, k_l, v_l, a0_l, k0_l, v0_l = scan(*fold(f_low, k_low, v_low, one, zero, zero, STEPS))
+    a_h, k_h, v_h, a0_h, k0_h, v0_h = scan(*fold(f_high, k_high, v_high, one, zero, zero, STEPS))
+    in_kl, in_kh, in_vl, in_vh = enter(
+        chunk, chunks, initial, chain, final, size, here, row, a_l, k_l, v_l, a_h, k_h, v_h, low, high, PAIR, WIDTH, INITIAL, GROUPED
+    )
+    k_l, v_l = k0_l + a0_l * in_kl, v0_l + a0_l * in_vl
+    k_h, v_h = k0_h + a0_h * in_kh, v0_h + a0_h * in_vh
 
-    # The last row receives the entering state and hands on the leaving one; the others learn it afterwards.
-    last_l, last_h = (row == WIDTH - 1) & low, (row == WIDTH - 1) & high
-    if chunk > 0:
-        in_kl, in_kh, in_vl, in_vh = await_state(chain + (chunk - 1) * 2 * size + here, size, PAIR, last_l, last_h)
-    elif INITIAL:
-        in_kl, in_kh, in_vl, in_vh = load_state(initial + here, size, PAIR, last_l, last_h)
-    else:
-        in_kl = tl.zeros((WIDTH, HALF), tl.float32)
-        in_kh, in_vl, in_vh = in_kl, in_kl, in_kl
-    k_l, k_h, v_l, v_h = k_l + a_l * in_kl, k_h + a_h * in_kh, v_l + a_l * in_vl, v_h + a_h * in_vh
-    if (chunk + 1) * (WIDTH * BLOCKS * STEPS) < length:
-        publish_state(chain + chunk * 2 * size + here, size, PAIR, k_l, k_h, v_l, v_h, last_l, last_h)
-    else:
-        store_state(final + here, size, PAIR, k_l, k_h, v_l, v_h, last_l, last_h)
-    tl.debug_barrier()  # nothing of what follows is to move before the publication
-    k_l, v_l = k0_l + a0_l * tl.sum(in_kl, 0, keep_dims=True), v0_l + a0_l * tl.sum(in_vl, 0, keep_dims=True)
-    k_h, v_h = k0_h + a0_h * tl.sum(in_kh, 0, keep_dims=True), v0_h + a0_h * tl.sum(in_vh, 0, keep_dims=True)
-
-    if KEEP:
-        _emit(
-            f_low, f_high, k_low, k_high, v_low, v_high, k_l, k_h, v_l, v_h, out_k + out, out_v + out, o_s,
-            saved, saved_s, saved_part, saved_half, cos, sin, first, lane, low, high, left, PAIR, STEPS, EVEN, SAVE, ROPE,
-        )  # fmt: skip
-    else:
-        for block in range(BLOCKS):
-            at = block * STEPS
-            f_low, f_high = load_halves(f + at * f_s, f_s, float("inf"), PAIR, low, high, left - at, STEPS, EVEN)
-            k_low, k_high = load_halves(k + at * k_s, k_s, 0.0, PAIR, low, high, left - at, STEPS, EVEN)
-            v_low, v_high = load_halves(v + at * v_s, v_s, 0.0, PAIR, low, high, left - at, STEPS, EVEN)
-            k_l, k_h, v_l, v_h = _emit(
-                f_low, f_high, k_low, k_high, v_low, v_high, k_l, k_h, v_l, v_h, out_k + out + at * o_s, out_v + out + at * o_s, o_s,
-                saved, saved_s, saved_part, saved_half, cos, sin, first + at, lane, low, high, left - at, PAIR, STEPS, EVEN, SAVE, ROPE,
-            )  # fmt: skip
-
-
-@triton.jit
-def _emit(
-    f_low, f_high, k_low, k_high, v_low, v_high, k_l, k_h, v_l, v_h, out_k, out_v, o_s,
-    saved, saved_s, saved_part, saved_half, cos, sin, first, lane, low, high, left,
-    PAIR: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
-    """Runs each row's steps from the state before them, writes what comes out and returns the state after them."""
     if SAVE:
-        state = saved + first // STEPS * saved_s
-        store_state(state, saved_part, saved_half, k_l, k_h, v_l, v_h, low & (left > 0), high & (left > 0))
-    k_low, v_low, k_l, v_l = run(f_low, k_low, v_low, k_l, v_l, STEPS)
-    k_high, v_high, k_h, v_h = run(f_high, k_high, v_high, k_h, v_h, STEPS)
+        saved += origin(head, groups, saved_b, saved_g) + first // STEPS * saved_s + lane
+        store_state(saved, saved_part, saved_half, k_l, k_h, v_l, v_h, low & (left > 0), high & (left > 0))
+    k_low, v_low, k_l, v_l = run(again(f_low, STEPS), again(k_low, STEPS), again(v_low, STEPS), k_l, v_l, STEPS)
+    k_high, v_high, k_h, v_h = run(again(f_high, STEPS), again(k_high, STEPS), again(v_high, STEPS), k_h, v_h, STEPS)
     if ROPE:
         angle = first * PAIR + lane
         k_low, k_high = rotate(k_low, k_high, cos + angle, sin + angle, PAIR, 1.0, low, left, STEPS, EVEN)
+    out_k += out
+    out_v += out
     for i in tl.static_range(STEPS):
         store(out_k + i * o_s, k_low[i], low & (i < left), EVEN)
         store(out_k + i * o_s + PAIR, k_high[i], high & (i < left), EVEN)
         store(out_v + i * o_s, v_low[i], low & (i < left), EVEN)
         store(out_v + i * o_s + PAIR, v_high[i], high & (i < left), EVEN)
-    return k_l, k_h, v_l, v_h
 
 
 @triton.jit
@@ -144,7 +95,8 @@ def gated_scan_backward(
     Chunks and rows run from the end; the steps of a row are folded forwards and replayed backwards.
     """
     PAIR: tl.constexpr = (HN + 1) // 2
-    chunk = chunks - 1 - tl.program_id(0) // heads
+    turn = tl.program_id(0) // heads
+    chunk = chunks - 1 - turn
     head = tl.program_id(0) % heads
     row = tl.arange(0, WIDTH)[:, None]
     lane = tl.arange(0, HALF)[None, :]
@@ -160,33 +112,20 @@ def gated_scan_backward(
     size = tl.cast(heads, tl.int64) * HN
     here = head.to(tl.int64) * HN + lane + tl.zeros((WIDTH, 1), tl.int32)
 
-    a_l = tl.full((WIDTH, HALF), 1.0, tl.float32)
-    k_l = tl.zeros((WIDTH, HALF), tl.float32)
-    v_l, a_h, k_h, v_h = k_l, a_l, k_l, k_l
     left = length - first
     f_low, f_high = load_halves(f, f_s, float("inf"), PAIR, low, high, left, STEPS, EVEN)
     v_low, v_high = load_halves(grad_v, dv_s, 0.0, PAIR, low, high, left, STEPS, EVEN)
     k_low, k_high = load_halves(grad_k, dk_s, 0.0, PAIR, low, high, left, STEPS, EVEN)
     if ROPE:
         k_low, k_high = rotate(k_low, k_high, cos + angle, sin + angle, PAIR, -1.0, low, left, STEPS, EVEN)
-    a_l, k_l, v_l = fold_adjoint(f_low, k_low, v_low, a_l, k_l, v_l, STEPS)
-    a_h, k_h, v_h = fold_adjoint(f_high, k_high, v_high, a_h, k_h, v_h, STEPS)
-    a_l, k_l, v_l, a0_l, k0_l, v0_l = scan(a_l, k_l, v_l)
-    a_h, k_h, v_h, a0_h, k0_h, v0_h = scan(a_h, k_h, v_h)
-
-    last_l, last_h = (row == WIDTH - 1) & low, (row == WIDTH - 1) & high
-    if chunk < chunks - 1:
-        in_kl, in_kh, in_vl, in_vh = await_state(chain + chunk * 2 * size + here, size, PAIR, last_l, last_h)
-    else:
-        in_kl, in_kh, in_vl, in_vh = load_state(grad_final + here, size, PAIR, last_l, last_h)
-    k_l, k_h, v_l, v_h = k_l + a_l * in_kl, k_h + a_h * in_kh, v_l + a_l * in_vl, v_h + a_h * in_vh
-    if chunk > 0:
-        publish_state(chain + (chunk - 1) * 2 * size + here, size, PAIR, k_l, k_h, v_l, v_h, last_l, last_h)
-    else:
-        store_state(grad_initial + here, size, PAIR, k_l, k_h, v_l, v_h, last_l, last_h)
-    tl.debug_barrier()
-    k_l, v_l = k0_l + a0_l * tl.sum(in_kl, 0, keep_dims=True), v0_l + a0_l * tl.sum(in_vl, 0, keep_dims=True)
-    k_h, v_h = k0_h + a0_h * tl.sum(in_kh, 0, keep_dims=True), v0_h + a0_h * tl.sum(in_vh, 0, keep_dims=True)
+    one, zero = tl.full((WIDTH, HALF), 1.0, tl.float32), tl.zeros((WIDTH, HALF), tl.float32)
+    a_l, k_l, v_l, a0_l, k0_l, v0_l = scan(*fold_adjoint(f_low, k_low, v_low, one, zero, zero, STEPS))
+    a_h, k_h, v_h, a0_h, k0_h, v0_h = scan(*fold_adjoint(f_high, k_high, v_high, one, zero, zero, STEPS))
+    in_kl, in_kh, in_vl, in_vh = enter(
+        turn, chunks, grad_final, chain, grad_initial, size, here, row, a_l, k_l, v_l, a_h, k_h, v_h, low, high, PAIR, WIDTH, True, False
+    )
+    k_l, v_l = k0_l + a0_l * in_kl, v0_l + a0_l * in_vl
+    k_h, v_h = k0_h + a0_h * in_kh, v0_h + a0_h * in_vh
 
     state = saved + origin(head, groups, saved_b, saved_g) + first // STEPS * saved_s + lane
     state_kl, state_kh, state_vl, state_vh = load_state(state, saved_part, saved_half, low & (left > 0), high & (left > 0))

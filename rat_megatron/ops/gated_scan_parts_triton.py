@@ -142,6 +142,18 @@ def load_rows(pointer, stride, other, lane, left, STEPS: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
+def again(rows, STEPS: tl.constexpr):
+    """The same rows, as the compiler cannot know: what it once computed from them would else stay in registers, at twice the size."""
+    out = ()
+    for i in tl.static_range(STEPS):
+        x = rows[i]
+        if _ON_GPU:
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 32 // x.dtype.primitive_bitwidth)
+        out = out + (x,)
+    return out
+
+
+@triton.jit
 def load_halves(pointer, stride, other, PAIR: tl.constexpr, low, high, left, STEPS: tl.constexpr, EVEN: tl.constexpr):
     low_rows = load_rows(pointer, stride, other, low, left, STEPS, EVEN)
     return low_rows, load_rows(pointer + PAIR, stride, other, high, left, STEPS, EVEN)
@@ -164,7 +176,73 @@ def store_state(pointer, part, half, k_l, k_h, v_l, v_h, low, high):
 
 
 @triton.jit
-def await_state(pointer, size, PAIR: tl.constexpr, low, high):
+def enter(
+    turn, turns, begin, chain, end, size, here, row, a_l, k_l, v_l, a_h, k_h, v_h, low, high,
+    PAIR: tl.constexpr, WIDTH: tl.constexpr, BEGIN: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """The states that enter the turn-th chunk of the chain, [1, HALF]: low and high half of the key part, then of the value part.
+
+    a, k and v [WIDTH, HALF]: decay and ends of the chunk's rows up to and with each. The chain begins at ``begin`` (BEGIN; else at
+    zero), and its last chunk writes ``end``. ``chain`` holds the states after each chunk, or GROUPED: those after every WIDTH chunks, and
+    behind them each chunk's own decay and ends, from which the WIDTH chunks after such a state all find theirs at once.
+    """
+    last_l, last_h = (row == WIDTH - 1) & low, (row == WIDTH - 1) & high  # the last row receives and hands on
+    group, place = turn, WIDTH - 1
+    if GROUPED:
+        group, place = turn // WIDTH, turn % WIDTH
+        summaries = chain + tl.cdiv(turns, WIDTH) * 2 * size
+        if (place < WIDTH - 1) & (turn < turns - 1):
+            own = summaries + turn * 3 * size + here
+            _publish(own, PAIR, a_l, a_h, last_l, last_h)
+            _publish_state(own + size, size, PAIR, k_l, k_h, v_l, v_h, last_l, last_h)
+        before = row < place
+        b_l, x_l, y_l, b_h, x_h, y_h = _await_summaries(
+            summaries + (group * WIDTH + row) * 3 * size + here, size, PAIR, before & low, before & high
+        )
+        b_l, x_l, y_l = tl.associative_scan((b_l, x_l, y_l), 0, join)
+        b_h, x_h, y_h = tl.associative_scan((b_h, x_h, y_h), 0, join)
+    if group > 0:
+        in_kl, in_kh, in_vl, in_vh = _await_state(chain + (group - 1) * 2 * size + here, size, PAIR, last_l, last_h)
+    elif BEGIN:
+        in_kl, in_kh, in_vl, in_vh = load_state(begin + here, size, PAIR, last_l, last_h)
+    else:
+        in_kl = tl.zeros(a_l.shape, tl.float32)
+        in_kh, in_vl, in_vh = in_kl, in_kl, in_kl
+    if GROUPED:
+        in_kl, in_kh, in_vl, in_vh = x_l + b_l * in_kl, x_h + b_h * in_kh, y_l + b_l * in_vl, y_h + b_h * in_vh
+    k_l, k_h, v_l, v_h = k_l + a_l * in_kl, k_h + a_h * in_kh, v_l + a_l * in_vl, v_h + a_h * in_vh
+    if turn == turns - 1:
+        store_state(end + here, size, PAIR, k_l, k_h, v_l, v_h, last_l, last_h)
+    elif place == WIDTH - 1:
+        _publish_state(chain + group * 2 * size + here, size, PAIR, k_l, k_h, v_l, v_h, last_l, last_h)
+    tl.debug_barrier()  # nothing of what follows is to move before the publication
+    if GROUPED:  # the other rows hold what entered them
+        in_kl, in_vl = tl.where(row == WIDTH - 1, in_kl, 0.0), tl.where(row == WIDTH - 1, in_vl, 0.0)
+        in_kh, in_vh = tl.where(row == WIDTH - 1, in_kh, 0.0), tl.where(row == WIDTH - 1, in_vh, 0.0)
+    in_kl, in_kh = tl.sum(in_kl, 0, keep_dims=True), tl.sum(in_kh, 0, keep_dims=True)
+    return in_kl, in_kh, tl.sum(in_vl, 0, keep_dims=True), tl.sum(in_vh, 0, keep_dims=True)
+
+
+@triton.jit
+def _await_summaries(pointer, size, PAIR: tl.constexpr, low, high):
+    """Decays and ends of chunks, one a row; of rows without one, what changes no state. As _await_state()."""
+    a_l, a_h, k_l, k_h, v_l, v_h = _poll_summaries(pointer, size, PAIR, low, high)
+    while tl.max(((a_l == -1) | (a_h == -1) | (k_l == -1) | (k_h == -1) | (v_l == -1) | (v_h == -1)).to(tl.int32)) > 0:
+        a_l, a_h, k_l, k_h, v_l, v_h = _poll_summaries(pointer, size, PAIR, low, high)
+    a_l, k_l, v_l = a_l.to(tl.float32, bitcast=True), k_l.to(tl.float32, bitcast=True), v_l.to(tl.float32, bitcast=True)
+    return a_l, k_l, v_l, a_h.to(tl.float32, bitcast=True), k_h.to(tl.float32, bitcast=True), v_h.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _poll_summaries(pointer, size, PAIR: tl.constexpr, low, high):
+    a_l = tl.load(pointer, mask=low, other=0x3F800000, volatile=True)  # the word of 1.0
+    a_h = tl.load(pointer + PAIR, mask=high, other=0x3F800000, volatile=True)
+    k_l, k_h, v_l, v_h = _poll(pointer + size, size, PAIR, low, high)
+    return a_l, a_h, k_l, k_h, v_l, v_h
+
+
+@triton.jit
+def _await_state(pointer, size, PAIR: tl.constexpr, low, high):
     """Reads a state until all of it is there. Each word tells for itself, so no order among the writes matters."""
     k_l, k_h, v_l, v_h = _poll(pointer, size, PAIR, low, high)
     while tl.max(((k_l == -1) | (k_h == -1) | (v_l == -1) | (v_h == -1)).to(tl.int32)) > 0:
@@ -182,11 +260,15 @@ def _poll(pointer, size, PAIR: tl.constexpr, low, high):
 
 
 @triton.jit
-def publish_state(pointer, size, PAIR: tl.constexpr, k_l, k_h, v_l, v_h, low, high):
-    tl.store(pointer, _word(k_l), mask=low)
-    tl.store(pointer + PAIR, _word(k_h), mask=high)
-    tl.store(pointer + size, _word(v_l), mask=low)
-    tl.store(pointer + size + PAIR, _word(v_h), mask=high)
+def _publish_state(pointer, size, PAIR: tl.constexpr, k_l, k_h, v_l, v_h, low, high):
+    _publish(pointer, PAIR, k_l, k_h, low, high)
+    _publish(pointer + size, PAIR, v_l, v_h, low, high)
+
+
+@triton.jit
+def _publish(pointer, PAIR: tl.constexpr, x_l, x_h, low, high):
+    tl.store(pointer, _word(x_l), mask=low)
+    tl.store(pointer + PAIR, _word(x_h), mask=high)
 
 
 @triton.jit

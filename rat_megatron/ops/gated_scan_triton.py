@@ -1,7 +1,8 @@
 """The RAT+ recurrence in one pass over memory, with RoPE on the keys when asked for: gated_scan.py's functions in Triton.
 
 A program owns a chunk of steps of one head, as WIDTH rows of consecutive steps. It reduces the chunk to what it does to the state, waits
-for the state that its predecessor publishes, publishes its own, and writes the outputs from what it read ("chained scan").
+for the state that its predecessor publishes, publishes its own, and writes the outputs from what it read ("chained scan"). Where that
+chain would be too slow, WIDTH chunks form a group: they publish what they do to the state at once, and only groups wait for each other.
 Nothing is added in an order that timing decides, so results repeat exactly. Source: RAT+ (arXiv 2602.18196).
 """
 
@@ -25,7 +26,9 @@ from rat_megatron.ops.rope_triton import turn
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LONG = 8192  # steps from which few heads get longer chunks
+# From so many steps on, with fewer channels than these in all heads, the chunks' waiting for each other would set the time, so they form
+# groups. Measured on an H100.
+_LONG, _FEW = 8192, 3072
 
 
 def gated_scan(
@@ -184,16 +187,15 @@ def _launch_forward(f, k, v, initial, cos, sin, training: bool, room: Tensor | N
     out_k = _dense_like(k)
     out_v = torch.empty_like(out_k, dtype=v.dtype)
     final = torch.empty(2, batch, groups, hn, dtype=torch.float32, device=f.device)
-    # Where few heads work side by side, the chain of chunks would set the time: longer chunks then, read twice instead of kept.
-    blocks = 2 if heads * hn < 4096 and length >= _LONG else 1
-    chunks = triton.cdiv(length, blocks * _WIDTH * _STEPS)
+    chunks = triton.cdiv(length, _WIDTH * _STEPS)
+    grouped = heads * hn < _FEW and length >= _LONG
     saved = room
     if training and room is None:
         saved = torch.empty(triton.cdiv(length, _STEPS), *final.shape, device=f.device)
     gated_scan_forward[(chunks * heads,)](
-        f, k, v, out_k, out_v, initial, _unpublished(chunks, final), saved, final, cos, sin, length, heads, groups,
-        *_strides(f, k, v, out_k), *_saved_strides(saved, hn), **_options(f, blocks), BLOCKS=blocks, KEEP=blocks == 1 and not training,
-        INITIAL=initial is not None, SAVE=training, ROPE=cos is not None,
+        f, k, v, out_k, out_v, initial, _unpublished(chunks, final, grouped), saved, final, cos, sin, length, heads, groups, chunks,
+        *_strides(f, k, v, out_k), *_saved_strides(saved, hn), **_options(f, 2), maxnreg=128,  # two programs on a processor
+        INITIAL=initial is not None, GROUPED=grouped, SAVE=training, ROPE=cos is not None,
     )  # fmt: skip
     return out_k, out_v, final, saved
 
@@ -207,7 +209,7 @@ def _launch_backward(f, k, v, saved, cos, sin, grad_k, grad_v, grad_final, out_f
     chunks = triton.cdiv(length, _WIDTH * _STEPS)
     gated_scan_backward[(chunks * heads,)](
         f, k, v, grad_k, grad_v, out_f, out_k, out_v, saved, _unpublished(chunks, grad_final), grad_initial, grad_final, cos, sin,
-        length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), *_saved_strides(saved, f.shape[3]), **_options(f),
+        length, heads, groups, chunks, *_strides(f, k, v, grad_k, grad_v, out_k), *_saved_strides(saved, f.shape[3]), **_options(f, 4),
         ROPE=cos is not None,
     )  # fmt: skip
     return grad_initial
@@ -262,14 +264,16 @@ def _saved_strides(saved: Tensor | None, hn: int) -> tuple[int, ...]:
     return (*saved.stride()[:4], saved.stride(4) if saved.dim() == 6 else (hn + 1) // 2)
 
 
-def _unpublished(chunks: int, state: Tensor) -> Tensor:
-    """Room for the states between chunks, filled with the word that means "not there yet": a NaN that no arithmetic gives."""
-    return torch.full((max(chunks - 1, 1), *state.shape), -1, dtype=torch.int32, device=state.device)
+def _unpublished(chunks: int, state: Tensor, grouped: bool = False) -> Tensor:
+    """Room for what chunks tell each other, filled with the word that means "not there yet": a NaN that no arithmetic gives."""
+    words = 3 * chunks + 2 * triton.cdiv(chunks, _WIDTH) if grouped else 2 * chunks
+    return torch.full((words, *state.shape[1:]), -1, dtype=torch.int32, device=state.device)
 
 
-def _options(f: Tensor, blocks: int = 1) -> dict:
+def _options(f: Tensor, channels: int) -> dict:
+    """``channels``: of each half of a row, how many a thread has; measured."""
     length, hn = f.shape[0], f.shape[3]
     half = triton.next_power_of_2((hn + 1) // 2)
-    even = length % (blocks * _WIDTH * _STEPS) == 0 and hn == 2 * half
-    warps = max(1, min(16, blocks * half * _WIDTH // 128))  # measured: four channels a thread, or two where a chunk is long
+    even = length % (_WIDTH * _STEPS) == 0 and hn == 2 * half
+    warps = max(1, min(16, half * _WIDTH // (32 * channels)))
     return {"HN": hn, "HALF": half, "WIDTH": _WIDTH, "STEPS": _STEPS, "EVEN": even, "num_warps": warps}

@@ -35,11 +35,17 @@ def assert_close(actual, expected, tolerance=5e-6):  # sums of so few random num
         assert (a.double() - e.double()).norm() <= tolerance * e.double().norm()
 
 
-# One step, less than a row, more than a chunk; channels odd, no power of two, full lanes; a carried state; RoPE; chunks of two blocks.
+# One step, less than a row, more than a chunk; channels odd, no power of two, full lanes; a carried state; RoPE; chunks in groups.
 @in_interpreter
 @pytest.mark.parametrize(
     ("length", "groups", "hn", "state", "rope", "long"),
-    [(1, 1, 3, True, False, False), (70, 2, 6, False, True, False), (64, 1, 2, True, True, False), (130, 1, 2, True, False, True)],
+    [
+        (1, 1, 3, True, False, False),
+        (70, 2, 6, False, True, False),
+        (64, 1, 2, True, True, False),
+        (130, 1, 2, True, False, True),
+        (1100, 1, 2, False, True, True),
+    ],
 )
 def test_matches_the_torch_implementation(length, groups, hn, state, rope, long, monkeypatch):
     from rat_megatron.ops import gated_scan_triton
