@@ -3,16 +3,16 @@
     torchrun --nproc-per-node 2 -m benchmarks.layouts [--only NAME...] [--runs-log FILE] [--json FILE]
 
 Every run starts from one checkpoint, made by the first rank, and sees the same batches under active recurrence learning. The curves of
-one GPU come from each rank alone, the first in bf16 and the second in FP8. "-64k" is T = 65,536 with full recomputation. Under context
-parallelism, "exchange" is the share of an iteration in which the GPU waits for the scan's boundary states: on the rank that waits least,
-and on the one that waits longest, where it holds the wait for a slower rank too. --tiny tries it all over gloo.
+one GPU come from each rank alone, the first in bf16 and the second in FP8. "-64k" is T = 65,536 with full recomputation, "-graphs" replays
+a CUDA graph of each step. Under context parallelism, "exchange" is the share of an iteration in which the GPU waits for the scan's
+boundary states: on the rank that waits least, and on the one that waits longest, where it holds the wait for a slower rank too; a graph
+hides it. --tiny tries it all over gloo.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import statistics
 import tempfile
@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from benchmarks import megatron_runs
-from benchmarks.megatron_runs import FP8, TINY_MODEL, Run, common_flags, keep_threads_few, leave_groups, random_data
+from benchmarks.megatron_runs import FP8, GRAPHS, TINY_MODEL, Run, common_flags, keep_threads_few, leave_groups, random_data
 from benchmarks.timing import describe, free_memory, machine, write_json
 
 MODEL = (
@@ -46,8 +46,28 @@ _PARALLEL = {
     "dp2": "",
 }
 _LONG = [f"{name}-64k" for name in _PARALLEL if name.startswith("cp2")]
-NAMES = [*_PARALLEL, *_LONG[:1], *(f"{name}-fp8" for name in [*_PARALLEL, *_LONG[:1]])]  # in order of value
-MORE_NAMES = [name + kind for name in _LONG[1:] for kind in ("", "-fp8")]  # if asked for
+_GRAPHS = [f"{name}-graphs" for name in _PARALLEL]
+NAMES = [*_PARALLEL, _LONG[0], *(f"{name}-fp8" for name in [*_PARALLEL, _LONG[0]]), *_GRAPHS]  # in order of value
+MORE_NAMES = [
+    *(f"{name}{fp8}" for name in _LONG[1:] for fp8 in ("", "-fp8")),
+    *(f"{name}-fp8-graphs" for name in _PARALLEL),
+]  # if asked for
+
+
+class Kind(NamedTuple):
+    """What runs have in common that are compared with one curve of one GPU; precision apart."""
+
+    long: bool
+    graphs: bool
+
+    @classmethod
+    def of(cls, name: str) -> Kind:
+        return cls("-64k" in name, name.endswith("-graphs"))
+
+    def __str__(self) -> str:
+        return (", T = 65,536" if self.long else "") + (", CUDA graphs" if self.graphs else "")
+
+
 _ITERATIONS, _LONG_ITERATIONS, _WARM_UP = 10, 5, 2
 
 
@@ -55,7 +75,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*NAMES, *MORE_NAMES]
     parser.add_argument("--only", nargs="+", choices=names, default=NAMES, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--flags", type=shlex.split, default=[], help="more flags of pretrain_rat.py, for every run")
     parser.add_argument("--seconds", type=float, default=500, help="start no further layout after so long")
     parser.add_argument("--runs-log", metavar="FILE", help="where what the runs print goes, with the rank at the end; default: here")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a trial on any machine")
@@ -76,21 +95,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _measure_all(folder: Path, args: argparse.Namespace, begun: float) -> None:
     first = dist.get_rank() == 0
-    results: dict[str, Any] = {"machine": machine(), "tiny": args.tiny, "flags": args.flags, "one GPU": {}, "layouts": {}}
+    results: dict[str, Any] = {"machine": machine(), "tiny": args.tiny, "one GPU": {}, "layouts": {}}
     _say(describe(results["machine"]))
-    lengths = {name: _is_long(name) for name in args.only}
+    kinds = sorted({Kind.of(name) for name in args.only})
     if first:
-        for long in sorted(set(lengths.values())):
+        for long in {kind.long for kind in kinds}:
             random_data(folder / f"data{long:d}", 16 if long else 64, _length(long, args.tiny), 512 if args.tiny else 32000)
     dist.barrier()
     _start(folder, args)
     _say(f"data and starting weights after {time.perf_counter() - begun:.0f} s")
     curves = {}
-    for long in sorted(set(lengths.values())):
-        curves[long] = _alone(folder, long, args)
-        for kind, run in zip(("bf16", "FP8"), curves[long], strict=True):
-            name = f"{kind}{', T = 65,536' if long else ''}"
-            results["one GPU"][name] = _figures([run], long, args.tiny)
+    for kind in kinds:
+        curves[kind] = _alone(folder, kind, args)
+        for precision, run in zip(("bf16", "FP8"), curves[kind], strict=True):
+            name = f"{precision}{kind}"
+            results["one GPU"][name] = _figures([run], kind.long, args.tiny)
             _say(_line(f"one GPU, {name}", results["one GPU"][name]))
     for name in args.only:
         if _from_first(time.perf_counter() - begun) > args.seconds:
@@ -102,14 +121,14 @@ def _measure_all(folder: Path, args: argparse.Namespace, begun: float) -> None:
             write_json(args.json, results)
 
 
-def _layout(name: str, folder: Path, curves: dict[bool, list[Run]], args: argparse.Namespace) -> dict[str, Any]:
+def _layout(name: str, folder: Path, curves: dict[Kind, list[Run]], args: argparse.Namespace) -> dict[str, Any]:
     """Runs one layout on both ranks and compares its losses with those of one GPU in the same precision."""
-    long, fp8 = _is_long(name), name.endswith("-fp8")
-    words = _PARALLEL[name.removesuffix("-fp8").removesuffix("-64k")].split()
+    kind, fp8 = Kind.of(name), "-fp8" in name
+    words = next(words for base, words in _PARALLEL.items() if name.startswith(base)).split()
     exchange = _Exchange()
     try:
         with exchange.timed():
-            run = megatron_runs.run([*_flags(folder, long, fp8, args), *words], exchange.after, args.runs_log)
+            run = megatron_runs.run([*_flags(folder, kind, fp8, args), *words], exchange.after, args.runs_log)
         mine: Any = (run, exchange.seconds)
     except (Exception, SystemExit) as error:  # both ranks fail alike, or the other one's time-out ends the program
         mine = f"{type(error).__name__}: {error}"[:2000]
@@ -122,11 +141,11 @@ def _layout(name: str, folder: Path, curves: dict[bool, list[Run]], args: argpar
     if failed := [each for each in every if isinstance(each, str)]:
         return {"error": failed[0]}
     runs = [run for run, _ in every]
-    figures = _figures(runs, long, args.tiny)
-    one = curves[long][fp8]
+    figures = _figures(runs, kind.long, args.tiny)
+    one = curves[kind][fp8]
     figures["difference"] = _largest_difference(figures["losses"], one.losses)
-    figures["over_one_gpu"] = figures["tokens_per_second"] / _figures([one], long, args.tiny)["tokens_per_second"]
-    if any(exchanged for _, exchanged in every):
+    figures["over_one_gpu"] = figures["tokens_per_second"] / _figures([one], kind.long, args.tiny)["tokens_per_second"]
+    if not kind.graphs and any(exchanged for _, exchanged in every):
         figures["exchange"] = [
             statistics.median(part / whole for part, whole in zip(exchanged[_WARM_UP:], run.seconds[_WARM_UP:], strict=True))
             for run, exchanged in every
@@ -148,6 +167,8 @@ class _Exchange:
         all_gather = context_parallel._all_gather
 
         def noted(x, group):
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return all_gather(x, group)
             start = _now()
             gathered = all_gather(x, group)
             self._noted.append((start, _now()))
@@ -192,20 +213,22 @@ def _start(folder: Path, args: argparse.Namespace) -> None:
     dist.barrier()
 
 
-def _alone(folder: Path, long: bool, args: argparse.Namespace) -> list[Run]:
+def _alone(folder: Path, kind: Kind, args: argparse.Namespace) -> list[Run]:
     """The run of one GPU in bf16, by the first rank, and in FP8, by the second, at the same time."""
     with _single_rank():
-        run = megatron_runs.run(_flags(folder, long, os.environ["LAYOUTS_RANK"] == "1", args), log=args.runs_log)
+        run = megatron_runs.run(_flags(folder, kind, os.environ["LAYOUTS_RANK"] == "1", args), log=args.runs_log)
     every: list[Any] = [None, None]
     dist.all_gather_object(every, run)
     return every
 
 
-def _flags(folder: Path, long: bool, fp8: bool, args: argparse.Namespace) -> list[str]:
-    words = [*_model(args.tiny), *_of_length(long, args.tiny), *(RECOMPUTE if long else [])]
-    words += common_flags(folder / f"data{long:d}", _iterations(long, args.tiny), args.tiny)
-    words += ["--pretrained-checkpoint", str(folder / "start"), "--rat-arl-pattern", "d64", *args.flags]
-    return words + (FP8 if fp8 and torch.cuda.is_available() else [])
+def _flags(folder: Path, kind: Kind, fp8: bool, args: argparse.Namespace) -> list[str]:
+    words = [*_model(args.tiny), *_of_length(kind.long, args.tiny), *(RECOMPUTE if kind.long else [])]
+    words += common_flags(folder / f"data{kind.long:d}", _iterations(kind.long, args.tiny), args.tiny)
+    words += ["--pretrained-checkpoint", str(folder / "start"), "--rat-arl-pattern", "d64"]
+    if not torch.cuda.is_available():  # which has neither
+        return words
+    return words + (FP8 if fp8 else []) + (GRAPHS if kind.graphs else [])
 
 
 def _model(tiny: bool) -> list[str]:
@@ -226,10 +249,6 @@ def _iterations(long: bool, tiny: bool) -> int:
 
 def _batch(long: bool) -> int:
     return 1 if long else 4
-
-
-def _is_long(name: str) -> bool:
-    return "-64k" in name
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ TINY_MODEL = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --make-vocab-size-divisible-by 1 --lr 1e-3 "
     "--lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95"
 ).split()
+GRAPHS = "--cuda-graph-impl full_iteration".split()
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max".split()
 
 

@@ -17,6 +17,8 @@ def rat_model_config_from_args(args: Namespace) -> GPTModelConfig:
     """The model configuration for validated Megatron arguments; its builder makes GPTModel chunks with RAT+ layers."""
     config = gpt_config_from_args(args, config=core_transformer_config_from_args(args, RATTransformerConfig))
     config.transformer.use_te_rng_tracker = args.te_rng_tracker  # Megatron leaves this out, and refuses CUDA graphs then
+    if args.cuda_graph_impl == "full_iteration":  # Megatron waits for the device after an exchange between stages, which no graph can hold
+        config.transformer.batch_p2p_sync = False
     of_te = args.transformer_impl == "transformer_engine" and not args.fp16  # it takes bf16 and fp32
     if of_te and not args.cross_entropy_loss_fusion and not args.deterministic_mode and te_cross_entropy_is_sound():
         config.transformer.cross_entropy_loss_fusion, config.transformer.cross_entropy_fusion_impl = True, "te"
