@@ -159,7 +159,7 @@ def test_states_of_chunks_chooses_the_kernel(monkeypatch):
     assert len(launched) == 1
 
 
-# Every rank after the other, on one GPU. Few heads and a long chunk: longer chunks of the forward kernel.
+# Every rank after the other, on one GPU. The last: few heads and a long chunk, whose programs wait for each other in groups.
 @pytest.mark.parametrize(
     ("size", "chunk", "batch", "groups", "hn", "dtype", "tolerance"),
     [
