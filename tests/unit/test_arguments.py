@@ -245,6 +245,21 @@ def test_cuda_graphs_leave_megatrons_checks_out(check, tiny_data, monkeypatch):
     assert not {"rerun_mode", "check_for_nan_in_loss_and_grad"} & check(*good)[1].keys()
 
 
+def test_cuda_graphs_hold_no_wait_for_the_device(check, tiny_data, monkeypatch):
+    from megatron.core.transformer import TransformerConfig
+    from megatron.training.arguments import validate_args
+
+    from rat_megatron.model.builder import rat_model_config_from_args
+
+    args, derived = check(*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data)
+    vars(args).update(derived)
+    validate_args(args)
+    assert rat_model_config_from_args(args).transformer.batch_p2p_sync
+    monkeypatch.setattr(TransformerConfig, "__post_init__", lambda self: None)  # it asks for Transformer Engine
+    args.cuda_graph_impl = "full_iteration"
+    assert not rat_model_config_from_args(args).transformer.batch_p2p_sync
+
+
 def test_damaged_shards_are_found_before_training(check, tiny_data, tmp_path):
     shutil.copytree(tiny_data, tmp_path / "data")
     good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tmp_path / "data"]
