@@ -30,13 +30,17 @@ def topk_attention(
     ``dilate_rest`` adds every D-th key. The selection is not differentiated. Positions are int64 [sq] and [sk] in any order; the
     keys must hold every position up to that of the last query.
     """
+    # As many blocks as the keys can fill, and one for keys past them, which no query sees: reading the last position would wait for the
+    # device.
+    count = -(-k.shape[2] // head.dilation)
+    k_blocks = (k_positions // head.dilation).clamp(max=count)
     with torch.no_grad():
-        upper, lower = _block_bounds(k, k_positions // head.dilation)
+        upper, lower = _block_bounds(k, k_blocks, count + 1)
     outputs = []
     for queries, at in zip(q.split(_QUERIES, dim=2), q_positions.split(_QUERIES), strict=True):
         with torch.no_grad():
             chosen = _choose_blocks(_scores(queries, upper, lower), at // head.dilation, head.blocks)
-            seen = chosen[..., k_positions // head.dilation]  # [..., sq, blocks] -> [..., sq, sk]
+            seen = chosen[..., k_blocks]  # [..., sq, blocks] -> [..., sq, sk]
             if head.dilate_rest:
                 seen = seen | ((k_positions + 1) % head.dilation == 0)
             seen = seen & (k_positions <= at[:, None])
@@ -45,10 +49,10 @@ def topk_attention(
     return torch.cat(outputs, dim=2)
 
 
-def _block_bounds(k: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Elementwise maximum and minimum of the keys of every block, fp32 or float64. k [b, ng, sk, hn] -> [b, ng, blocks, hn]."""
+def _block_bounds(k: torch.Tensor, block: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elementwise maximum and minimum of the keys of each of ``count`` blocks, fp32 or float64. k [b, ng, sk, hn] -> [b, ng, count, hn]."""
     k = k.to(torch.promote_types(k.dtype, torch.float32))
-    bounds = k.new_zeros(*k.shape[:2], int(block.max()) + 1, k.shape[3])
+    bounds = k.new_zeros(*k.shape[:2], count, k.shape[3])
     index = block[:, None].expand_as(k)
     upper, lower = (bounds.scatter_reduce(2, index, k, reduce, include_self=False) for reduce in ("amax", "amin"))
     return upper, lower

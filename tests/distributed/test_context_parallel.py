@@ -234,9 +234,8 @@ def test_scan_launches_one_kernel_for_both_chunks_and_joins_no_outputs(groups, m
 LAUNCHES = {"d16": (4, 10), "d8w3": (11, 18), "d16w16s4": (14, 22)}  # at most, forward and backward, beside the attention's kernels
 
 
-@pytest.mark.parametrize("word", [*(word for word in PATTERNS if "k" not in word), "{dense,d16,d8w3s2,d16}"])
+@pytest.mark.parametrize("word", [*PATTERNS, "{dense,d16,d8w3s2,d16}"])
 def test_attention_takes_nothing_from_the_host(groups, word, monkeypatch):
-    """Top-k's torch operator does: it reads the number of blocks."""
     monkeypatch.setattr(context_parallel, "segment_attention", lambda *args: Kernels.apply(*args[:5]))
     pattern = AttentionPattern.parse(word).layer(0)
     inputs = [torch.randn(LENGTH // 4, BATCH, heads, DIM) for heads in (HEADS, GROUPS, GROUPS)]

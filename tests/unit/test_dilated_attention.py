@@ -7,6 +7,7 @@ import torch
 
 from rat_megatron.ops import dilated_attention as module
 from rat_megatron.ops.dilated_attention import dilated_attention, kept_positions, segment_attention
+from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.pattern import AttentionPattern, HeadPattern, LayerPattern
 from tests import reference
 
@@ -240,3 +241,12 @@ def test_a_segment_is_attended_as_within_the_whole_sequence(word):
     actual = segment_attention(q[start:], k[begin:], v[begin:], k[kept_at], v[kept_at], kept_at, head, 0.5, start)
     expected = dilated_attention(q, k, v, LayerPattern((head,)), 0.5, implementation="masked")[start:]
     assert (actual - expected).norm() < 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("word", ["d4k3", "d4k4+d", "d7k100"])
+def test_a_key_long_after_the_queries_is_in_no_block(word):
+    q, k, v = (torch.randn(1, 2, n, 8, dtype=torch.float64) for n in (30, 31, 31))
+    order, head = torch.randperm(31), AttentionPattern.parse(word).layer(0).heads[0]
+    at = torch.where(torch.arange(31) < 30, torch.arange(31), 1000)
+    expected = topk_attention(q, k[:, :, :30], v[:, :, :30], head, 0.3, at[:30], at[:30])
+    torch.testing.assert_close(topk_attention(q, k[:, :, order], v[:, :, order], head, 0.3, at[:30], at[order]), expected)
