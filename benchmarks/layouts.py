@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.layouts [--only NAME...] [--runs-log FILE] [--json FILE]
 
-Every run starts from one checkpoint, made by the first rank, and sees the same batches under active recurrence learning. The curves of
-one GPU come from each rank alone, the first in bf16 and the second in FP8. "-64k" is T = 65,536 with full recomputation, "-graphs" replays
-a CUDA graph of each step. Under context parallelism, "exchange" is the share of an iteration in which the GPU waits for the scan's
-boundary states: on the rank that waits least, and on the one that waits longest, where it holds the wait for a slower rank too; a graph
-hides it. --tiny tries it all over gloo.
+Every run starts from the checkpoint of its precision, in FP8 with the scales of delayed scaling, and sees the same batches under active
+recurrence learning. Checkpoints and the curves of one GPU come from each rank alone, the first in bf16 and the second in FP8. "-64k" is
+T = 65,536 with full recomputation, "-graphs" replays a CUDA graph of each step. Under context parallelism, "exchange" is the share of an
+iteration in which the GPU waits for the scan's boundary states: on the rank that waits least, and on the one that waits longest, where it
+holds the wait for a slower rank too; a graph hides it. --tiny tries it all over gloo.
 """
 
 from __future__ import annotations
@@ -200,17 +200,24 @@ def _now() -> Any:
 
 
 def _start(folder: Path, args: argparse.Namespace) -> None:
-    """The first rank trains one iteration and saves the weights from which every layout starts."""
+    """Each rank trains one iteration in its precision, and saves the weights and scales from which that precision's runs start."""
+    fp8 = os.environ["LAYOUTS_RANK"] == "1"
+    long = not (folder / "data0").exists()
     with _single_rank():
-        if int(os.environ["LAYOUTS_RANK"]) == 0:
-            data = folder / "data0" if (folder / "data0").exists() else folder / "data1"
-            long = data.name == "data1"
-            megatron_runs.run(
-                [*_model(args.tiny), *_of_length(long, args.tiny), *common_flags(data, 1, args.tiny), *(RECOMPUTE if long else []),
-                 "--save", str(folder / "start"), "--no-save-optim"],
-                log=args.runs_log,
-            )  # fmt: skip
+        megatron_runs.run(
+            [*_model(args.tiny), *_of_length(long, args.tiny), *common_flags(folder / f"data{long:d}", 1, args.tiny),
+             *(RECOMPUTE if long else []), *_in(fp8), "--save", str(_start_of(folder, fp8)), "--no-save-optim"],
+            log=args.runs_log,
+        )  # fmt: skip
     dist.barrier()
+
+
+def _start_of(folder: Path, fp8: bool) -> Path:
+    return folder / ("start-fp8" if fp8 else "start")
+
+
+def _in(fp8: bool) -> list[str]:
+    return FP8 if fp8 and torch.cuda.is_available() else []
 
 
 def _alone(folder: Path, kind: Kind, args: argparse.Namespace) -> list[Run]:
@@ -225,10 +232,8 @@ def _alone(folder: Path, kind: Kind, args: argparse.Namespace) -> list[Run]:
 def _flags(folder: Path, kind: Kind, fp8: bool, args: argparse.Namespace) -> list[str]:
     words = [*_model(args.tiny), *_of_length(kind.long, args.tiny), *(RECOMPUTE if kind.long else [])]
     words += common_flags(folder / f"data{kind.long:d}", _iterations(kind.long, args.tiny), args.tiny)
-    words += ["--pretrained-checkpoint", str(folder / "start"), "--rat-arl-pattern", "d64"]
-    if not torch.cuda.is_available():  # which has neither
-        return words
-    return words + (FP8 if fp8 else []) + (GRAPHS if kind.graphs else [])
+    words += ["--pretrained-checkpoint", str(_start_of(folder, fp8)), "--rat-arl-pattern", "d64", *_in(fp8)]
+    return words + (GRAPHS if kind.graphs and torch.cuda.is_available() else [])
 
 
 def _model(tiny: bool) -> list[str]:
