@@ -1,20 +1,30 @@
 # `make quickstart` and `make test` need only Python 3.12 and a C++ compiler: they create .venv themselves.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-distributed lint format clean
+.PHONY: help quickstart test test-distributed test-transformers-5 lint format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: .venv/installed  ## a whole small run, with or without a GPU: examples/quickstart.sh
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/quickstart.sh
 
-test: .venv/installed  ## run the tests: those of one process, then those of four
+test: .venv/installed  ## run the tests: those of one process, those of four, and with Transformers 5
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 tests/slurm tests/unit tests/gpu
 	$(MAKE) test-distributed
+	$(MAKE) test-transformers-5
 
 test-distributed: .venv/installed  ## run the parallel layouts only
 	.venv/bin/torchrun --standalone --nproc-per-node 4 --local-ranks-filter 0 -m pytest tests/distributed
+
+test-transformers-5: .venv/transformers-5/installed  ## run the Hugging Face model's tests with Transformers 5
+	PYTHONPATH=$(CURDIR)/.venv/transformers-5 .venv/bin/python -m pytest -n 2 tests/unit/test_hf_*.py tests/unit/test_convert_to_hf.py \
+		tests/unit/test_generate_command.py
+
+.venv/transformers-5/installed: .venv/installed tests/transformers-5.txt
+	rm -rf $(@D)
+	.venv/bin/python -m pip install -q --no-deps --target $(@D) -r tests/transformers-5.txt
+	touch $@
 
 lint: .venv/installed  ## check style
 	.venv/bin/ruff check .

@@ -14,6 +14,7 @@ from rat_megatron.evaluation.loss import ValidationSet, validation_loss
 from rat_megatron.evaluation.model import LoadedModel, load_model
 from rat_megatron.evaluation.needle_test import NeedleTest
 from rat_megatron.evaluation.results import RESULTS_FILE, write_plots, write_results
+from rat_megatron.hf.cache_ratplus import CACHE_NAME
 
 _PACKAGES = ("rat-megatron", "torch", "transformers", "lm-eval")
 
@@ -88,7 +89,7 @@ def evaluate(
 def measure_cache(loaded: LoadedModel, length: int) -> int:
     """Bytes that the cache of one sequence of ``length`` tokens holds under the model's current attention pattern: of a real one."""
     tokens = torch.randint(loaded.config.vocab_size, (1, length), device=loaded.model.device)
-    return loaded.model(tokens, use_cache=True, logits_to_keep=1).past_key_values.nbytes
+    return getattr(loaded.model(tokens, use_cache=True, logits_to_keep=1), CACHE_NAME).nbytes
 
 
 def _describe(loaded: LoadedModel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from rat_megatron.errors import UserError
 from rat_megatron.evaluation.model import LoadedModel, load_model
 from rat_megatron.hf import RatPlusCache
+from rat_megatron.hf.cache_ratplus import CACHE_NAME
 from rat_megatron.pattern import AttentionPattern
 
 
@@ -80,7 +81,7 @@ class Generator:
         output = self.loaded.model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            past_key_values=self._cache,
+            **{CACHE_NAME: self._cache},
             max_new_tokens=new_tokens,
             streamer=self._streamer,
             pad_token_id=pad,

@@ -19,7 +19,7 @@ class RatPlusConfig(PretrainedConfig):
     """
 
     model_type = "ratplus"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
 
     def __init__(
         self,

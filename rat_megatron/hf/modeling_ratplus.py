@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .attention_ratplus import Tokens, attend, head_sets, rotary_tables, wide
-from .cache_ratplus import RatPlusCache
+from .cache_ratplus import CACHE_NAME, RatPlusCache
 from .configuration_ratplus import RatPlusConfig
 from .pattern import AttentionPattern, LayerPattern
 
@@ -106,7 +106,7 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["RatPlusDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
     _supports_sdpa = True
     _is_stateful = True  # a cache can be cropped to some lengths only, so generate() refuses assisted decoding
 
@@ -151,6 +151,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         attention_pattern: str | None = None,
+        cache: RatPlusCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states [b, t, h] of input_ids [b, t] or inputs_embeds [b, t, h].
@@ -158,9 +159,11 @@ class RatPlusModel(RatPlusPreTrainedModel):
         attention_mask [b, s], s counting cached tokens too, is 0 at padding, which may stand on either side. A padded token is not
         seen, leaves the recurrent state alone and takes no position: the pattern counts real tokens. position_ids [b, t] only
         replace the positions that RoPE uses. attention_pattern is this call's, in place of the model's. A cache is made when
-        use_cache (default: config.use_cache, except in training); gradients do not flow through it. Raises ValueError for input that
-        does not fit, an empty prompt and more tokens than config.max_position_embeddings among it.
+        use_cache (default: config.use_cache, except in training); gradients do not flow through it. ``cache`` is what Transformers
+        calls past_key_values since 5.24. Raises ValueError for input that does not fit, an empty prompt and more tokens than
+        config.max_position_embeddings among it.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions:
@@ -208,7 +211,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
             past_key_values.end(tokens.length, tokens.counts, attention_mask)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
         )
 
@@ -264,6 +267,7 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         attention_pattern: str | None = None,
+        cache: RatPlusCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [b, t, vocab], of the last logits_to_keep tokens or of the indices it lists (0: all), and with labels [b, t] the loss.
@@ -280,6 +284,7 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             attention_pattern=attention_pattern,
+            cache=cache,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -288,7 +293,7 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}, hidden_states=outputs.hidden_states
         )
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
@@ -300,5 +305,8 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         """Gives generate() a RatPlusCache, with room for all tokens, where Transformers would make a DynamicCache."""
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation '{generation_config.cache_implementation}' does not apply: RAT+ has a cache of its own")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = RatPlusCache(max_cache_length)
+        given = model_kwargs.get(CACHE_NAME)
+        if isinstance(given, RatPlusCache):
+            given._is_user_defined = True  # as Transformers does: the caller goes on with it, so it may hold no token too many
+        elif given is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = RatPlusCache(max_cache_length)

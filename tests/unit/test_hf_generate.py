@@ -137,6 +137,17 @@ def test_generate_goes_on_from_a_cache():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("call", [lambda model: model, lambda model: model.model], ids=["with_logits", "base"])
+def test_a_cache_goes_by_either_name_that_transformers_has_for_it(call):
+    model, tokens = tiny_model("d4w2s1", torch.float64), random_tokens(2, 12)
+    cache = RatPlusCache()
+    call(model)(tokens[:, :9], cache=cache)
+    outputs = [call(model)(tokens[:, 9:], **{name: copy.deepcopy(cache)})[0] for name in ("past_key_values", "cache")]
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(outputs[0], call(model)(tokens)[0][:, 9:], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_every_call_may_have_a_pattern_of_its_own():
     model, ids = tiny_model("dense", torch.float64), random_tokens(2, 20)
     run = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
