@@ -148,6 +148,20 @@ def test_a_cache_goes_by_either_name_that_transformers_has_for_it(call):
 
 
 @torch.no_grad()
+def test_layers_may_lie_where_a_device_map_says(tmp_path):
+    """One of them on the disk: accelerate's hooks, which a second GPU would have too, move all that a layer is given, but not the cache."""
+    pytest.importorskip("accelerate")
+    model, ids = tiny_model("d4w2s1"), random_tokens(2, 9)
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    spread = RatPlusForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    assert spread.model.layers[1].mlp.up_proj.weight.is_meta and not spread.model.layers[0].mlp.up_proj.weight.is_meta
+    run = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    assert torch.equal(spread.generate(ids, attention_mask=mask, **run), model.generate(ids, attention_mask=mask, **run))
+
+
+@torch.no_grad()
 def test_every_call_may_have_a_pattern_of_its_own():
     model, ids = tiny_model("dense", torch.float64), random_tokens(2, 20)
     run = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
