@@ -6,13 +6,15 @@ Every run starts from the checkpoint of its precision, in FP8 with the scales of
 recurrence learning. Checkpoints and the curves of one GPU come from each rank alone, the first in bf16 and the second in FP8. "-64k" is
 T = 65,536 with full recomputation, "-graphs" replays a CUDA graph of each step. Under context parallelism, "exchange" is the share of an
 iteration in which the GPU waits for the scan's boundary states: on the rank that waits least, and on the one that waits longest, where it
-holds the wait for a slower rank too; a graph hides it. --tiny tries it all over gloo.
+holds the wait for a slower rank too; a graph hides it. "-overlap" hides tensor-parallel communication in matrix products, through NVLink
+multicast, or through CUDA IPC with UB_SKIPMC=1 in the environment. --tiny tries it all over gloo, overlap apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import statistics
 import tempfile
@@ -45,12 +47,14 @@ _PARALLEL = {
     "pp2": "--pipeline-model-parallel-size 2",
     "dp2": "",
 }
+_OVERLAP = {"tp2sp-overlap": f"{_PARALLEL['tp2sp']} --tp-comm-overlap"}
 _LONG = [f"{name}-64k" for name in _PARALLEL if name.startswith("cp2")]
 _GRAPHS = [f"{name}-graphs" for name in _PARALLEL]
 NAMES = [*_PARALLEL, _LONG[0], *(f"{name}-fp8" for name in [*_PARALLEL, _LONG[0]]), *_GRAPHS]  # in order of value
 MORE_NAMES = [
     *(f"{name}{fp8}" for name in _LONG[1:] for fp8 in ("", "-fp8")),
     *(f"{name}-fp8-graphs" for name in _PARALLEL),
+    *(f"{name}{fp8}{graphs}" for name in _OVERLAP for fp8 in ("", "-fp8") for graphs in ("", "-graphs")),
 ]  # if asked for
 
 
@@ -99,7 +103,7 @@ def _measure_all(folder: Path, args: argparse.Namespace, begun: float) -> None:
     _say(describe(results["machine"]))
     kinds = sorted({Kind.of(name) for name in args.only})
     if first:
-        for long in {kind.long for kind in kinds}:
+        for long in {False, *(kind.long for kind in kinds)}:  # the start needs the short ones
             random_data(folder / f"data{long:d}", 16 if long else 64, _length(long, args.tiny), 512 if args.tiny else 32000)
     dist.barrier()
     _start(folder, args)
@@ -124,7 +128,7 @@ def _measure_all(folder: Path, args: argparse.Namespace, begun: float) -> None:
 def _layout(name: str, folder: Path, curves: dict[Kind, list[Run]], args: argparse.Namespace) -> dict[str, Any]:
     """Runs one layout on both ranks and compares its losses with those of one GPU in the same precision."""
     kind, fp8 = Kind.of(name), "-fp8" in name
-    words = next(words for base, words in _PARALLEL.items() if name.startswith(base)).split()
+    words = (_PARALLEL | _OVERLAP)[re.sub("-64k|-fp8|-graphs", "", name)].split()
     exchange = _Exchange()
     try:
         with exchange.timed():
@@ -200,15 +204,15 @@ def _now() -> Any:
 
 
 def _start(folder: Path, args: argparse.Namespace) -> None:
-    """Each rank trains one iteration in its precision, and saves the weights and scales from which that precision's runs start."""
+    """Each rank trains one iteration in its precision, and saves the weights and scales from which that precision's runs start.
+
+    A single microbatch, because its gradients are four times those of one of four: two ranks with two microbatches each, or with half of
+    each sequence, have twice the gradients of one GPU, and scales made for that one would clip them at first.
+    """
     fp8 = os.environ["LAYOUTS_RANK"] == "1"
-    long = not (folder / "data0").exists()
+    flags = [*_model(args.tiny), *_of_length(False, args.tiny), "--global-batch-size", "1", *common_flags(folder / "data0", 1, args.tiny)]
     with _single_rank():
-        megatron_runs.run(
-            [*_model(args.tiny), *_of_length(long, args.tiny), *common_flags(folder / f"data{long:d}", 1, args.tiny),
-             *(RECOMPUTE if long else []), *_in(fp8), "--save", str(_start_of(folder, fp8)), "--no-save-optim"],
-            log=args.runs_log,
-        )  # fmt: skip
+        megatron_runs.run([*flags, *_in(fp8), "--save", str(_start_of(folder, fp8)), "--no-save-optim"], log=args.runs_log)
     dist.barrier()
 
 

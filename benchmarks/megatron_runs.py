@@ -128,7 +128,7 @@ def command_line(flags: list[str]) -> Iterator[None]:
 
 @contextmanager
 def megatron_restored() -> Iterator[None]:
-    """Takes back what a run leaves: our hooks, CUDA graphs, Megatron's globals and groups, Transformer Engine's FP8 state."""
+    """Takes back what a run leaves: our hooks, CUDA graphs, Megatron's globals and groups, Transformer Engine's FP8 state and buffers."""
     from rat_megatron.platform.cpu import use_cpu_if_no_cuda
 
     use_cpu_if_no_cuda()
@@ -160,9 +160,11 @@ def megatron_restored() -> Iterator[None]:
         training._STARTUP_TIMESTAMPS.clear()
         training._STARTUP_TIMESTAMPS.update(timestamps)  # ranks that have run before would reduce theirs, and wait for the others
         if "transformer_engine.pytorch" in sys.modules:
+            from transformer_engine.pytorch.module.base import destroy_ub
             from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
             FP8GlobalStateManager.reset()
+            destroy_ub()  # buffers of --tp-comm-overlap
 
 
 def leave_groups() -> None:

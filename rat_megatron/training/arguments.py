@@ -195,6 +195,10 @@ def _check_features(args: Namespace) -> None:
         )
     if args.cuda_graph_impl != "none" and not cuda:
         raise UserError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out on this machine")
+    if args.tp_comm_overlap and not (args.sequence_parallel and args.tensor_model_parallel_size > 1):
+        raise UserError("--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size above 1: give both, or leave it out")
+    if args.tp_comm_overlap and args.transformer_impl == "local":
+        raise UserError("--tp-comm-overlap overlaps inside Transformer Engine's layers, which this run does not have: leave it out")
     if args.rampup_batch_size or args.step_batch_size_schedule:
         raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
     if args.dataloader_type != "external" or args.mock_data:

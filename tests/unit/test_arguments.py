@@ -82,6 +82,11 @@ BAD = {
     "heads and hidden size": (["--hidden-size", "30"], "--num-attention-heads 4 does not divide --hidden-size 30"),
     "tensor parallel size": (["--tensor-model-parallel-size", "3"], "does not divide the 4 query groups"),
     "sequence parallelism alone": (["--sequence-parallel"], "give --tensor-model-parallel-size above 1"),
+    "overlap alone": (["--tp-comm-overlap"], "--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size above 1"),
+    "overlap without Transformer Engine": (
+        ["--tp-comm-overlap", "--sequence-parallel", "--tensor-model-parallel-size", "2"],
+        "--tp-comm-overlap overlaps inside Transformer Engine's layers",
+    ),
     "pipeline stages": (["--pipeline-model-parallel-size", "3"], "does not divide the 2 layers"),
     "virtual stages": (
         ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],

@@ -156,6 +156,22 @@ def test_gelu_is_exact_and_matrices_start_alike():
             assert (parameter == 1).all(), name
 
 
+def test_every_projection_has_the_name_of_its_buffer(monkeypatch):
+    """By which Transformer Engine finds the buffer that --tp-comm-overlap works in."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    names = []
+    for linear in (ColumnParallelLinear, RowParallelLinear):
+
+        def noted(self, *args, original=linear.__init__, **kwargs):
+            names.append(kwargs.get("tp_comm_buffer_name"))
+            original(self, *args, **kwargs)
+
+        monkeypatch.setattr(linear, "__init__", noted)
+    build()
+    assert sorted(name for name in names if name) == sorted(["qkv", "proj", "fc1", "fc2"] * LAYERS)
+
+
 def test_the_pattern_must_fit_the_model():
     with pytest.raises(PatternError, match="lists 2 layers, but the model has 3"):
         build(pattern="[dense,d16]")
