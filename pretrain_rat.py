@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 
-from rat_megatron.training.exit_signal import EarlyExitSignal
+from rat_megatron.training.loop.exit_signal import EarlyExitSignal
 
 EXIT_SIGNAL = EarlyExitSignal()  # before the imports that follow, which take a while
 
@@ -30,18 +30,18 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model  # noqa:
 from megatron.training import get_args, get_timers, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
-from rat_megatron.data.streaming import train_batches, validation_batches  # noqa: E402
-from rat_megatron.data.streams import parse_data_path  # noqa: E402
+from rat_megatron.checkpoint.run_marker import clear_finished, mark_finished  # noqa: E402
+from rat_megatron.data.loader.batches import train_batches, validation_batches  # noqa: E402
+from rat_megatron.data.loader.streams import parse_data_path  # noqa: E402
 from rat_megatron.model.builder import rat_model_config_from_args  # noqa: E402
 from rat_megatron.model.core_attention import get_attention_pattern  # noqa: E402
-from rat_megatron.pattern import AttentionPattern  # noqa: E402
+from rat_megatron.ratplus.pattern import AttentionPattern  # noqa: E402
 from rat_megatron.training.arguments import parse_arguments  # noqa: E402
-from rat_megatron.training.arl import StepIterator  # noqa: E402
-from rat_megatron.training.finished import clear_finished, mark_finished  # noqa: E402
-from rat_megatron.training.megatron_hooks import install_hooks  # noqa: E402
-from rat_megatron.training.patterns_eval import RestartableIterator, loss_name  # noqa: E402
-from rat_megatron.training.suspicious import nan_noted  # noqa: E402
-from rat_megatron.training.watchdog import Watchdog  # noqa: E402
+from rat_megatron.training.loop.arl import StepIterator  # noqa: E402
+from rat_megatron.training.loop.validation import RestartableIterator, loss_name  # noqa: E402
+from rat_megatron.training.monitoring.loss_spikes import nan_noted  # noqa: E402
+from rat_megatron.training.monitoring.watchdog import Watchdog  # noqa: E402
+from rat_megatron.training.patches.megatron_hooks import install_hooks  # noqa: E402
 
 
 def data_provider(num_samples: list[int | None], vp_stage: int | None = None):

@@ -35,7 +35,7 @@ from benchmarks.timing import (
 from rat_megatron.ops import decode as decode_torch
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import gated_scan
-from rat_megatron.pattern import HeadPattern, LayerPattern
+from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS, DENSE, PLAIN, FLOOR = "ours", "dense", "torch.compile", "floor"
@@ -267,7 +267,7 @@ def decode(size: Size, plain: bool, word: str, goal: tuple) -> dict[str, Any]:
     lengths = torch.full((batch,), size.length - 1, device=DEVICE)
     step = decode_torch.decode_step
     if DEVICE == "cuda":
-        from rat_megatron.ops.decode_triton import decode_step as step
+        from rat_megatron.ops.decode.triton import decode_step as step
 
     copies = [copy_of_bytes(_bytes(2, cache.k), DEVICE) for cache in caches]
     runs = {

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rat_megatron.data.streaming import train_batches
-from rat_megatron.data.streams import Stream, parse_data_path, read_meta
+from rat_megatron.data.loader.batches import train_batches
+from rat_megatron.data.loader.streams import Stream, parse_data_path, read_meta
 
 
 def main() -> None:

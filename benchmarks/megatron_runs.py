@@ -141,7 +141,7 @@ def megatron_restored() -> Iterator[None]:
     from megatron.core.tensor_parallel import layers, random
     from megatron.training import checkpointing, initialize, training
 
-    from rat_megatron.training.cuda_graphs import forget_cuda_graphs
+    from rat_megatron.training.loop.cuda_graphs import forget_cuda_graphs
 
     load_state_dict = GPTModel.load_state_dict  # inherited
     places = (checkpointing, full_cuda_graph, initialize, language_module, layers, random, training, validation)

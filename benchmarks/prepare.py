@@ -29,13 +29,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
 import pyarrow
 import pyarrow.parquet
 
-from rat_megatron.data import tokenizing
 from rat_megatron.data.corpus import build_corpus
-from rat_megatron.data.documents import plan_units, read_documents
-from rat_megatron.data.inputs import list_files
-from rat_megatron.data.packing import pack
-from rat_megatron.data.settings import load_tokenizer, make_settings
-from rat_megatron.data.store import Destination
+from rat_megatron.data.prepare.documents import plan_units, read_documents
+from rat_megatron.data.prepare.inputs import list_files
+from rat_megatron.data.prepare.packing import pack
+from rat_megatron.data.prepare.pipeline import tokenizing
+from rat_megatron.data.prepare.settings import load_tokenizer, make_settings
+from rat_megatron.data.prepare.store import Destination
 
 VOCABULARY = 32000
 

@@ -17,8 +17,9 @@ def exit_2_on_bad_input() -> Iterator[None]:
     try:
         yield
     except (UserError, ValueError) as error:
-        # PatternError is told by its name: it exists once more in rat_megatron.hf, and importing either brings torch into every --help.
-        if not isinstance(error, UserError) and type(error).__name__ != "PatternError":
+        from rat_megatron.ratplus.pattern import PatternError  # here because it brings torch, which --help should not wait for
+
+        if not isinstance(error, UserError | PatternError):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

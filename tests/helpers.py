@@ -62,7 +62,7 @@ def prepare_tiny_data(folder: Path, seq_length: int) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from rat_megatron.data.prepare import prepare
+    from rat_megatron.data.prepare.pipeline import prepare
 
     texts = [doc for name in ("argparse", "json", "logging", "random", "typing", "string") for doc in _docstrings(name)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -13,7 +13,7 @@ from streaming import LocalDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rat_megatron.data.prepare import prepare
+from rat_megatron.data.prepare.pipeline import prepare
 
 EOD = 256
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from streaming import MDSWriter
 
-from rat_megatron.data.streaming import train_batches
-from rat_megatron.data.streams import Stream
+from rat_megatron.data.loader.batches import train_batches
+from rat_megatron.data.loader.streams import Stream
 
 EOD = 3
 T = 2  # samples [number, EOD or 0, number]: the first token says which sample it is

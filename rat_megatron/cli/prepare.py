@@ -36,7 +36,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn text into token samples for training (MDS). The same command goes on where a killed run stopped."""
-    from rat_megatron.data.prepare import prepare as run
+    from rat_megatron.data.prepare.pipeline import prepare as run
 
     run(
         inputs,

@@ -19,7 +19,7 @@ def report(
     from rich.console import Console
     from rich.table import Table
 
-    from rat_megatron.training.report import write_report
+    from rat_megatron.training.monitoring.comparison import write_report
 
     result = write_report(output, pretrained=pretrained, adapted=adapted or [], baseline=baseline, baseline_adapted=baseline_adapted)
     table = Table(title="Validation loss", title_justify="left")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rat_megatron.convert.hf_folder import EMBEDDING, HEAD, HfFolder
+from rat_megatron.checkpoint.hf_folder import EMBEDDING, HEAD, HfFolder
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig, RatPlusModel
 

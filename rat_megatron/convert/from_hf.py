@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
+from rat_megatron.checkpoint.hf_folder import HfFolder
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from rat_megatron.checkpoint.torch_dist_writer import StoredTensor, write_torch_dist
 from rat_megatron.convert.check import Check, check_conversion
-from rat_megatron.convert.checkpoint import TorchDistCheckpoint
-from rat_megatron.convert.checkpoint_writer import StoredTensor, write_torch_dist
-from rat_megatron.convert.hf_folder import HfFolder
 from rat_megatron.convert.megatron_weights import MegatronWeights
 from rat_megatron.convert.names import FUSED_QKV, TABLE, Row, fuse_qkv
-from rat_megatron.convert.output import check_output, written_whole
 from rat_megatron.convert.to_hf import FIXED
 from rat_megatron.errors import UserError
+from rat_megatron.files import atomic_folder, check_output
 from rat_megatron.hf import RatPlusConfig
 
 _RELEASE = "release"  # Megatron's name for weights that belong to no iteration: training begins at 0, with a new optimizer
@@ -64,7 +64,7 @@ def convert_from_hf(source: Path, output: Path) -> CheckpointReport:
 
     layers = config.num_hidden_layers
     extra_states = [f"decoder.layers.{name}._extra_state/shard_{i}_{layers}" for name in _EXTRA_STATES for i in range(layers)]
-    with written_whole(output) as written:
+    with atomic_folder(output) as written:
         write_torch_dist(written / _RELEASE, {key: stored(row) for key, row in rows.items()}, read, _common_state(args), extra_states)
         (written / "latest_checkpointed_iteration.txt").write_text(_RELEASE)
         check = check_conversion(MegatronWeights(TorchDistCheckpoint(written / _RELEASE), config), folder, str(source))

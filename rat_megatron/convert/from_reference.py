@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rat_megatron.checkpoint.hf_folder import EMBEDDING, HEAD, HfFolder, expected_shapes
+from rat_megatron.checkpoint.hf_writer import MAX_SHARD_SIZE, check_tokenizer, parse_dtype, parse_size, write_configs, write_shards
 from rat_megatron.convert.check import check_conversion
-from rat_megatron.convert.hf_folder import EMBEDDING, HEAD, HfFolder, expected_shapes
-from rat_megatron.convert.hf_writer import MAX_SHARD_SIZE, check_tokenizer, parse_dtype, parse_size, write_configs, write_shards
 from rat_megatron.convert.model_card import write_model_card
-from rat_megatron.convert.output import check_output, written_whole
 from rat_megatron.convert.to_hf import FolderReport
 from rat_megatron.errors import UserError
+from rat_megatron.files import atomic_folder, check_output
 from rat_megatron.hf import RatPlusConfig
 
 _HEAD_DIM = 128  # of every model of the paper
@@ -77,7 +77,7 @@ def convert_from_reference(
     config = weights.config
     config.dtype = wanted or weights.dtype
 
-    with written_whole(output) as folder:
+    with atomic_folder(output) as folder:
         shards = write_shards(weights.hf_weights(wanted), folder, shard_size)
         write_configs(config, folder, tokenizer)
         write_model_card(folder, config, recipe={}, losses={})

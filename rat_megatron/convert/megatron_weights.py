@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rat_megatron.convert.checkpoint import TorchDistCheckpoint
-from rat_megatron.convert.hf_folder import EMBEDDING, HEAD, expected_shapes
+from rat_megatron.checkpoint.hf_folder import EMBEDDING, HEAD, expected_shapes
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from rat_megatron.convert.names import FUSED_QKV, TABLE, Row, split_fused_qkv
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig

@@ -7,14 +7,14 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from rat_megatron.checkpoint.hf_folder import HfFolder
+from rat_megatron.checkpoint.hf_writer import MAX_SHARD_SIZE, check_tokenizer, parse_dtype, parse_size, write_configs, write_shards
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
 from rat_megatron.convert.check import Check, check_conversion
-from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
-from rat_megatron.convert.hf_folder import HfFolder
-from rat_megatron.convert.hf_writer import MAX_SHARD_SIZE, check_tokenizer, parse_dtype, parse_size, write_configs, write_shards
 from rat_megatron.convert.megatron_weights import MegatronWeights
 from rat_megatron.convert.model_card import recipe_of, write_model_card
-from rat_megatron.convert.output import check_output, written_whole
 from rat_megatron.errors import UserError
+from rat_megatron.files import atomic_folder, check_output
 from rat_megatron.hf import RatPlusConfig
 
 # Settings of Megatron that change the layer; a checkpoint with other values is not a RAT+ model.
@@ -81,7 +81,7 @@ def convert_to_hf(
     weights = MegatronWeights(source, config)
     config.dtype = wanted or max(weights.dtypes, key=lambda stored: stored.itemsize)
 
-    with written_whole(output) as folder:
+    with atomic_folder(output) as folder:
         shards = write_shards(weights.hf_weights(wanted), folder, shard_size)
         write_configs(config, folder, tokenizer)
         write_model_card(folder, config, recipe_of(args), _measured_losses(source.folder, args))

@@ -12,9 +12,9 @@ import torch
 from rat_megatron.errors import UserError
 from rat_megatron.evaluation.loss import ValidationSet, validation_loss
 from rat_megatron.evaluation.model import LoadedModel, load_model
-from rat_megatron.evaluation.needle_test import NeedleTest
+from rat_megatron.evaluation.needle_scores import NeedleTest
 from rat_megatron.evaluation.results import RESULTS_FILE, write_plots, write_results
-from rat_megatron.hf.cache_ratplus import CACHE_NAME
+from rat_megatron.ratplus.cache_ratplus import CACHE_NAME
 
 _PACKAGES = ("rat-megatron", "torch", "transformers", "lm-eval")
 

@@ -15,8 +15,8 @@ from transformers import TextStreamer
 from rat_megatron.errors import UserError
 from rat_megatron.evaluation.model import LoadedModel, load_model
 from rat_megatron.hf import RatPlusCache
-from rat_megatron.hf.cache_ratplus import CACHE_NAME
-from rat_megatron.pattern import AttentionPattern
+from rat_megatron.ratplus.cache_ratplus import CACHE_NAME
+from rat_megatron.ratplus.pattern import AttentionPattern
 
 
 @dataclass(frozen=True)

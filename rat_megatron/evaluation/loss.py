@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rat_megatron.data.settings import tokenizer_hash
+from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import UserError
 from rat_megatron.evaluation.model import LoadedModel
 
@@ -23,7 +23,7 @@ class ValidationSet:
     """
 
     def __init__(self, data: str, loaded: LoadedModel, *, num_samples: int | None = None):
-        from rat_megatron.data.streams import Stream, read_meta
+        from rat_megatron.data.loader.streams import Stream, read_meta
 
         self._stream = Stream(data.rstrip("/"))
         if self._stream.is_remote:
@@ -41,7 +41,7 @@ class ValidationSet:
 
     def batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Dicts of tokens, labels (int64) and loss_mask (fp32), each [b, s], spread evenly over the split, the same every time."""
-        from rat_megatron.data.streaming import validation_batches
+        from rat_megatron.data.loader.batches import validation_batches
 
         samples = validation_batches(
             [self._stream],

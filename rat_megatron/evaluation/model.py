@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rat_megatron.data.settings import tokenizer_hash
+from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
 

@@ -258,7 +258,7 @@ def _main(
     """Write needle tests as lines {"prompt", "answer"} for fine-tuning."""
     from rich.progress import Progress
 
-    from rat_megatron.data.settings import load_tokenizer
+    from rat_megatron.data.prepare.settings import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     with Progress(transient=True) as progress:

@@ -1,14 +1,15 @@
 """RAT+ for Transformers. Importing this package registers it, so ``AutoModelForCausalLM`` knows ``model_type: ratplus``.
 
-The *_ratplus.py files and pattern.py import nothing of Megatron or rat_megatron: they travel with every exported model.
+The model itself is in rat_megatron/ratplus, whose files travel with every exported model; here it is registered and lent our kernels.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import attention_ratplus, kernels
-from .cache_ratplus import RatPlusCache
-from .configuration_ratplus import RatPlusConfig
-from .modeling_ratplus import RatPlusForCausalLM, RatPlusModel
+from rat_megatron.hf import kernels
+from rat_megatron.ratplus import attention_ratplus
+from rat_megatron.ratplus.cache_ratplus import RatPlusCache
+from rat_megatron.ratplus.configuration_ratplus import RatPlusConfig
+from rat_megatron.ratplus.modeling_ratplus import RatPlusForCausalLM, RatPlusModel
 
 attention_ratplus.kernels = kernels
 

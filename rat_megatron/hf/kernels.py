@@ -1,4 +1,4 @@
-"""Lends the model in this folder the fused kernels of rat_megatron.ops, on a GPU. This file does not travel with exported models."""
+"""Lends the model of rat_megatron/ratplus the fused kernels of rat_megatron.ops, on a GPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 
 from rat_megatron.ops.decode import DecodeCache
 from rat_megatron.ops.dilated_attention import dilated_attention
+from rat_megatron.ops.dispatch import triton_takes
 from rat_megatron.ops.gated_scan import gated_scan
-from rat_megatron.ops.kernels import triton_takes
-
-from .attention_ratplus import apply_rotary
-from .cache_ratplus import HeadCache
-from .pattern import HeadPattern, LayerPattern
+from rat_megatron.ratplus.attention_ratplus import apply_rotary
+from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
 
 
 def can_scan(k: torch.Tensor) -> bool:
@@ -56,7 +55,7 @@ def can_decode(q: torch.Tensor, cache: HeadCache) -> bool:
 
 def decode(q, f, k, v, rotary, cache: HeadCache, lengths: torch.Tensor) -> torch.Tensor:
     """One token a row, before recurrence and RoPE; updates the cache. Returns attention's output [b, np, 1, hn]."""
-    from rat_megatron.ops.decode_triton import decode_step
+    from rat_megatron.ops.decode.triton import decode_step
 
     cos, sin = (table[:, 0, 0].expand(len(lengths), -1) for table in rotary)
     entries = DecodeCache(cache.head, cache.max_length, cache.k, cache.v, cache.state)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import init_method_normal
 
-from rat_megatron.pattern import AttentionPattern
+from rat_megatron.ratplus.pattern import AttentionPattern
 
 
 @dataclass
@@ -18,7 +18,7 @@ class RATTransformerConfig(TransformerConfig):
     """Keys and values pass through the gated recurrence. False is the plain-attention baseline, which keeps the output gate."""
 
     rat_pattern: str = "dense"
-    """The attention pattern that the model starts with (rat_megatron.pattern)."""
+    """The attention pattern that the model starts with (rat_megatron.ratplus.pattern)."""
 
     attention_output_gate: bool = True
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.parallel.context_parallel import attention_context_parallel
-from rat_megatron.pattern import AttentionPattern
+from rat_megatron.ratplus.pattern import AttentionPattern
 
 
 class RATCoreAttention(MegatronModule):

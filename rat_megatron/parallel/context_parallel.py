@@ -23,7 +23,7 @@ from rat_megatron.ops.gated_scan import (
     scan_summary,
     states_of_chunks,
 )
-from rat_megatron.pattern import HeadPattern, LayerPattern
+from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:

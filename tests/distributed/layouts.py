@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.megatron_runs import command_line, megatron_restored
-from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 1 --seq-length 512 "

@@ -16,7 +16,7 @@ from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import gated_scan, states_of_chunks
 from rat_megatron.parallel import context_parallel
 from rat_megatron.parallel.context_parallel import attention_context_parallel, chunks_of, scan_of_projection_context_parallel
-from rat_megatron.pattern import AttentionPattern
+from rat_megatron.ratplus.pattern import AttentionPattern
 
 LENGTH, BATCH, HEADS, GROUPS, DIM = 128, 2, 4, 2, 8
 SIZES = [2, 4]
@@ -217,7 +217,7 @@ def launched_on_device(monkeypatch, function, inputs: list[torch.Tensor]) -> tup
 
 
 def test_scan_launches_one_kernel_for_both_chunks_and_joins_no_outputs(groups, monkeypatch):
-    kernels = pytest.importorskip("rat_megatron.ops.gated_scan_triton")
+    kernels = pytest.importorskip("rat_megatron.ops.gated_scan.triton")
     launched = []
     for name in ("summary", "join", "states", "forward", "backward"):
         launch = lambda *args, name=name, **options: launched.append(name)  # noqa: E731

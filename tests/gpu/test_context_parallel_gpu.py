@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import scan_of_projection
 from rat_megatron.parallel.context_parallel import attention_context_parallel, scan_of_projection_context_parallel
-from rat_megatron.pattern import AttentionPattern
+from rat_megatron.ratplus.pattern import AttentionPattern
 
 LENGTH, BATCH, GROUPS, DIM = 512, 2, 2, 64
 WORDS = ["d16", "d16w16s4", "d4s6", "w20s3", "{d16,d8w3s2,d16,d64}"]

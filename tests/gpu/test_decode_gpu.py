@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
 
 from rat_megatron.ops import decode
 from rat_megatron.ops.decode import DecodeCache
-from rat_megatron.ops.decode_triton import decode_step
-from rat_megatron.pattern import HeadPattern
+from rat_megatron.ops.decode.triton import decode_step
+from rat_megatron.ratplus.pattern import HeadPattern
 
 DIM, MAX_LENGTH = 64, 300
 SCALE = 1 / math.sqrt(DIM)

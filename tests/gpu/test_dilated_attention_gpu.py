@@ -9,8 +9,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from rat_megatron.ops.dilated_attention import kept_positions
-from rat_megatron.ops.dilated_attention_triton import dilated_attention, segment_attention
-from rat_megatron.pattern import HeadPattern
+from rat_megatron.ops.dilated_attention.triton import dilated_attention, segment_attention
+from rat_megatron.ratplus.pattern import HeadPattern
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = {BF16: 6e-3, FP16: 1e-3, FP32: 1e-5}

@@ -11,8 +11,8 @@ from rat_megatron.ops import gated_scan as public
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from rat_megatron.ops import gated_scan_triton
-from rat_megatron.ops.gated_scan_triton import adjoint_summary, gated_scan, scan_summary
+from rat_megatron.ops.gated_scan import triton as gated_scan_triton
+from rat_megatron.ops.gated_scan.triton import adjoint_summary, gated_scan, scan_summary
 from rat_megatron.ops.rope import turn
 from tests.ranks_in_turns import scan_in_turns
 

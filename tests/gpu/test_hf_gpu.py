@@ -6,7 +6,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from rat_megatron.hf import RatPlusCache, RatPlusConfig, RatPlusForCausalLM, attention_ratplus
+from rat_megatron.hf import RatPlusCache, RatPlusConfig, RatPlusForCausalLM
+from rat_megatron.ratplus import attention_ratplus
 from tests.unit.test_hf_generate import pad, random_tokens
 
 PATTERNS = ["dense", "d4", "d16w8s4", "w8s2", "[dense,d4w2]", "{dense*2,d4,w2s1}", "d4k3", "d4k4+d"]

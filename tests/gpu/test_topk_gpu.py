@@ -8,9 +8,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from rat_megatron.ops import topk_attention_triton as module
 from rat_megatron.ops.topk_attention import topk_attention
-from rat_megatron.pattern import HeadPattern
+from rat_megatron.ops.topk_attention import triton as module
+from rat_megatron.ratplus.pattern import HeadPattern
 
 
 def draw(length: int, heads: int, groups: int, dtype: torch.dtype, dim: int = 64) -> list[torch.Tensor]:

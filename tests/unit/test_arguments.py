@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from rat_megatron.errors import UserError
-from rat_megatron.pattern import PatternError
+from rat_megatron.ratplus.pattern import PatternError
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain
 
 pytestmark = pytest.mark.usefixtures("megatron_process")
@@ -132,7 +132,8 @@ def check_fp8(monkeypatch):
     import torch
     from megatron.training.arguments import parse_args
 
-    from rat_megatron.training import arguments, fp8
+    from rat_megatron.training import arguments
+    from rat_megatron.training.arguments import fp8
 
     def run(capability, *flags):
         monkeypatch.setattr(sys, "argv", ["pretrain_rat.py", *MODEL_FLAGS, *TRAIN_FLAGS, *map(str, flags)])

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rat_megatron.convert.to_hf import convert_to_hf
-from rat_megatron.data.streaming import train_batches
-from rat_megatron.data.streams import parse_data_path
+from rat_megatron.data.loader.batches import train_batches
+from rat_megatron.data.loader.streams import parse_data_path
 from rat_megatron.hf import RatPlusForCausalLM
-from rat_megatron.training.arl import StepIterator
+from rat_megatron.training.loop.arl import StepIterator
 from tests.helpers import SEQ_LENGTH, tensorboard_scalars
 
 

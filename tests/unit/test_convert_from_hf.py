@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration, read_checkpoint_args
 from rat_megatron.cli.convert import app
 from rat_megatron.convert import from_hf
-from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration, read_checkpoint_args
 from rat_megatron.convert.from_hf import convert_from_hf
 from rat_megatron.convert.names import fuse_qkv
 from rat_megatron.convert.to_hf import convert_to_hf
-from rat_megatron.data.settings import tokenizer_hash
+from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
 from tests.converting import megatron_args, megatron_tensors, random_weights, write_checkpoint, write_tokenizer

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration, read_checkpoint_args
+from rat_megatron.checkpoint.torch_dist_writer import StoredTensor, write_torch_dist
 from rat_megatron.cli.convert import app
 from rat_megatron.convert import megatron_weights
-from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration, read_checkpoint_args
-from rat_megatron.convert.checkpoint_writer import StoredTensor, write_torch_dist
 from rat_megatron.convert.names import FUSED_QKV, fuse_qkv, split_fused_qkv
 from rat_megatron.convert.to_hf import convert_to_hf
 from rat_megatron.errors import UserError

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rat_megatron.convert.checkpoint import read_checkpoint_args
-from rat_megatron.data import order
-from rat_megatron.data.order import batches_per_epoch, describe_samples, order_difference, order_facts
-from rat_megatron.data.streams import Stream, parse_data_path
+from rat_megatron.checkpoint.torch_dist import read_checkpoint_args
+from rat_megatron.data.loader import order
+from rat_megatron.data.loader.order import batches_per_epoch, describe_samples, order_difference, order_facts
+from rat_megatron.data.loader.streams import Stream, parse_data_path
 from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain
 from tests.streaming_data import GLOBAL_BATCH, batches_of, ids_of, write_data

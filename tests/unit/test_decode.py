@@ -7,7 +7,7 @@ import torch
 
 from rat_megatron.ops.decode import DecodeCache, decode_step, prefill_cache
 from rat_megatron.ops.gated_scan import gated_scan
-from rat_megatron.pattern import HeadPattern
+from rat_megatron.ratplus.pattern import HeadPattern
 from tests import reference
 
 WORDS = ["dense", "d2", "d16", "d16w8s4", "w8s4", "w8", "s3", "w0", "d4w3s2", "d4s6", "d3w1s5", "d8w8s8", "d70w3", "d4w100s2"]

@@ -11,7 +11,7 @@ import torch
 
 from rat_megatron.ops import decode
 from rat_megatron.ops.decode import DecodeCache
-from rat_megatron.pattern import HeadPattern
+from rat_megatron.ratplus.pattern import HeadPattern
 from tests.helpers import REPOSITORY
 
 
@@ -25,7 +25,7 @@ def test_kernels_in_the_interpreter():
 
 def check_steps_equal_the_torch_step(word, heads, groups, dtype, tolerance, lengths, splits=1, steps=2, head_dim=16, max_length=80):
     """Several tokens of every row, from caches of random entries; unused slots hold NaN, and so do slots the pattern has left."""
-    from rat_megatron.ops import decode_triton
+    from rat_megatron.ops.decode import triton as decode_triton
 
     decode_triton._split_count = lambda *_: splits
     head, batch = HeadPattern.parse(word), len(lengths)
@@ -62,7 +62,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def check_saturated_gates():
-    from rat_megatron.ops.decode_triton import decode_step
+    from rat_megatron.ops.decode.triton import decode_step
 
     for gate in (30.0, -30.0, torch.inf, -torch.inf):
         caches = [DecodeCache.empty(HeadPattern(4), 1, 1, 16, 8, torch.float32) for _ in range(2)]
@@ -75,7 +75,7 @@ def check_saturated_gates():
 
 
 def check_errors():
-    from rat_megatron.ops.decode_triton import decode_step
+    from rat_megatron.ops.decode.triton import decode_step
 
     cache = DecodeCache.empty(HeadPattern(4), 1, 1, 16, 8, torch.float32)
     x, tables, lengths = torch.zeros(1, 1, 16), torch.zeros(1, 8), torch.tensor([0])

@@ -8,7 +8,7 @@ import torch
 from rat_megatron.ops import dilated_attention as module
 from rat_megatron.ops.dilated_attention import dilated_attention, kept_positions, segment_attention
 from rat_megatron.ops.topk_attention import topk_attention
-from rat_megatron.pattern import AttentionPattern, HeadPattern, LayerPattern
+from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern, LayerPattern
 from tests import reference
 
 POSITIONAL = ["dense", "d2", "d16", "d16w8s4", "w8", "w8s2", "s4", "d4w4", "w0", "d4w100", "d70w3"]

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rat_megatron.ops import dilated_attention as reference
-from rat_megatron.ops import folded_attention
-from rat_megatron.pattern import AttentionPattern, HeadPattern, LayerPattern
+from rat_megatron.ops.dilated_attention import folded as folded_attention
+from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern, LayerPattern
 
 SCALE, DIM = 0.3, 16
 # Pattern, length, query heads, key heads, sequences: no dilation, no window, length 1, below D, no multiple of D, W > T, S > T.
@@ -166,8 +166,8 @@ def check_refuses_what_does_not_fit() -> None:
 
 
 if __name__ == "__main__":
-    from rat_megatron.ops import dilated_attention_triton as fused
-    from rat_megatron.ops import rope_triton
+    from rat_megatron.ops.dilated_attention import triton as fused
+    from rat_megatron.ops.rope import triton as rope_triton
 
     fused._tiles = lambda *_: {"BM": 16, "BN": 16, "num_warps": 4, "num_stages": 1}  # short sequences run through many tiles
     torch.manual_seed(0)

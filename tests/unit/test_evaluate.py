@@ -17,8 +17,7 @@ from rat_megatron.evaluation.evaluate import evaluate
 from rat_megatron.evaluation.loss import ValidationSet, validation_loss
 from rat_megatron.evaluation.model import load_model
 from rat_megatron.evaluation.results import result_table, write_plots
-from rat_megatron.hf.pattern import PatternError
-from rat_megatron.pattern import AttentionPattern
+from rat_megatron.ratplus.pattern import AttentionPattern, PatternError
 from tests.evaluating import save_tiny_model
 from tests.helpers import SEQ_LENGTH
 from tests.preparing import EOD, prepare, save_byte_tokenizer, write_lines

@@ -48,7 +48,7 @@ def assert_close(actual, expected, tolerance=5e-6):  # sums of so few random num
     ],
 )
 def test_matches_the_torch_implementation(length, groups, hn, state, rope, long, monkeypatch):
-    from rat_megatron.ops import gated_scan_triton
+    from rat_megatron.ops.gated_scan import triton as gated_scan_triton
 
     monkeypatch.setattr(gated_scan_triton, "_LONG", 1 if long else 1 << 30)
     fused = torch.randn(1, length, groups, 3 * hn).transpose(0, 1)  # strided, the batch outside
@@ -183,7 +183,7 @@ def test_a_scan_over_several_ranks_is_that_of_one(size, chunk, batch, groups, hn
 @in_interpreter
 @pytest.mark.parametrize("logit", [30.0, -30.0, torch.inf, -torch.inf])
 def test_saturated_gates_stay_finite(logit):
-    from rat_megatron.ops.gated_scan_triton import gated_scan
+    from rat_megatron.ops.gated_scan.triton import gated_scan
 
     f, k, v = (torch.randn(9, 1, 1, 2) for _ in range(3))
     inputs = [x.requires_grad_() for x in (torch.full_like(f, logit), k, v)]
@@ -193,7 +193,7 @@ def test_saturated_gates_stay_finite(logit):
 
 @in_interpreter
 def test_refuses_what_does_not_fit():
-    from rat_megatron.ops.gated_scan_triton import gated_scan
+    from rat_megatron.ops.gated_scan.triton import gated_scan
 
     f, k, v = (torch.randn(9, 1, 1, 2) for _ in range(3))
     with pytest.raises(ValueError, match="share one shape"):
@@ -215,7 +215,7 @@ def test_refuses_what_does_not_fit():
 @pytest.mark.parametrize(("length", "query_width", "rope"), [(70, 6, False), (70, 12, True), (136, 4, True)])
 def test_scan_of_a_projection_is_that_of_its_slices(length, query_width, rope, dtype):
     """Lengths that are a multiple of eight: the states for the backward pass lie in the projection."""
-    from rat_megatron.ops import gated_scan_triton
+    from rat_megatron.ops.gated_scan import triton as gated_scan_triton
 
     hn = 4
     tables = [table(torch.rand(length, hn // 2)) for table in (torch.cos, torch.sin)] if rope else [None, None]
@@ -238,7 +238,7 @@ def test_scan_of_a_projection_is_that_of_its_slices(length, query_width, rope, d
 
 @in_interpreter
 def test_states_in_the_projection_take_no_memory_of_their_own():
-    from rat_megatron.ops import gated_scan_triton
+    from rat_megatron.ops.gated_scan import triton as gated_scan_triton
 
     projection = torch.randn(64, 1, 2, 5 * 4).bfloat16()
     before, k = projection.clone(), projection[..., 8:12]

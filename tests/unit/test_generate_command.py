@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rat_megatron.cli.main import app
-from rat_megatron.data.settings import tokenizer_hash
+from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import exit_2_on_bad_input
 from rat_megatron.evaluation import generate as generation
 from rat_megatron.evaluation.model import load_model
 from rat_megatron.hf import RatPlusForCausalLM
-from rat_megatron.pattern import AttentionPattern
+from rat_megatron.ratplus.pattern import AttentionPattern
 from tests.evaluating import save_tiny_model
 from tests.preparing import EOD
 

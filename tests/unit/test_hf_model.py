@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM, RatPlusModel
-from rat_megatron.hf.attention_ratplus import block_summary, choose_blocks, gated_scan
-from rat_megatron.hf.pattern import AttentionPattern, HeadPattern
+from rat_megatron.ratplus.attention_ratplus import block_summary, choose_blocks, gated_scan
+from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern
 from tests import reference
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other

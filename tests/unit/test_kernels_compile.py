@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rat_megatron.ops
-from rat_megatron.pattern import AttentionPattern, HeadPattern
+from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1" or "nvidia" not in triton.backends.backends:
@@ -68,7 +68,7 @@ def backward(*outputs: torch.Tensor) -> None:
 
 
 def scans(dtype: torch.dtype) -> None:
-    from rat_megatron.ops import gated_scan_triton as ops
+    from rat_megatron.ops.gated_scan import triton as ops
 
     f, k, v = (random(70, 1, 2, HN, dtype=dtype) for _ in range(3))
     backward(*ops.gated_scan(f, k, v, torch.zeros(2, 1, 2, HN)))
@@ -81,7 +81,7 @@ def scans(dtype: torch.dtype) -> None:
 
 
 def attention(word: str, length: int, monkeypatch) -> None:
-    from rat_megatron.ops import dilated_attention_triton as ops
+    from rat_megatron.ops.dilated_attention import triton as ops
 
     monkeypatch.setattr(ops, "_processors", lambda device: 132)
     q, k, v = random(length, 1, 4, HN), random(length, 1, 2, HN), random(length, 1, 2, HN)
@@ -92,8 +92,8 @@ def attention(word: str, length: int, monkeypatch) -> None:
 
 
 def attention_after_cudnn(monkeypatch) -> None:
-    from rat_megatron.ops import dilated_attention_triton as ops
-    from rat_megatron.ops import folded_attention
+    from rat_megatron.ops.dilated_attention import folded as folded_attention
+    from rat_megatron.ops.dilated_attention import triton as ops
 
     q, k, v, head = random(1088, 1, 4, HN), random(1088, 1, 2, HN), random(1088, 1, 2, HN), HeadPattern.parse("d64s4")
     rows = folded_attention.whole_rows(q, head) - folded_attention.skipped_rows(head)
@@ -105,15 +105,15 @@ def attention_after_cudnn(monkeypatch) -> None:
 
 
 def top_k(word: str) -> None:
-    from rat_megatron.ops.topk_attention_triton import topk_attention
+    from rat_megatron.ops.topk_attention.triton import topk_attention
 
     q, k, v = random(1, 4, 300, HN), random(1, 2, 300, HN), random(1, 2, 300, HN)
     backward(topk_attention(q, k, v, AttentionPattern.parse(word).layer(0).heads[0], 0.1))
 
 
 def decoding(word: str, splits: int, monkeypatch) -> None:
-    from rat_megatron.ops import decode_triton
     from rat_megatron.ops.decode import DecodeCache
+    from rat_megatron.ops.decode import triton as decode_triton
 
     monkeypatch.setattr(decode_triton, "_split_count", lambda *args: splits)
     cache = DecodeCache.empty(HeadPattern.parse(word), 3, 2, HN, 512)
@@ -138,8 +138,8 @@ def test_every_kernel_compiles(compiled, monkeypatch):
 def launched_kernels() -> set[str]:
     """The names of all kernels that a file of rat_megatron.ops launches, ``name[grid](...)``."""
     names = set()
-    for path in Path(rat_megatron.ops.__path__[0]).glob("*_triton.py"):
-        module = importlib.import_module(f"rat_megatron.ops.{path.stem}")
+    for path in Path(rat_megatron.ops.__path__[0]).glob("*/triton.py"):
+        module = importlib.import_module(f"rat_megatron.ops.{path.parent.name}.triton")
         for name in re.findall(r"(\w+)\[", path.read_text()):
             found = getattr(module, name, None) or getattr(getattr(module, "kernels", None), name, None)
             if isinstance(found, JITFunction):

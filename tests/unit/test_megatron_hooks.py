@@ -49,12 +49,12 @@ def test_cuda_graphs_go_through_the_global_and_keep_their_state_on_the_class():
     for caller in (training.train, training.evaluate):
         assert "forward_backward_func = FullCudaGraphWrapper(\n" in _source(caller)
     kept = {name for name, value in vars(full_cuda_graph.FullCudaGraphWrapper).items() if isinstance(value, dict)}
-    assert kept == {"curr_iteration", "cuda_graph", "result"}  # what rat_megatron.training.cuda_graphs has one of for every pattern
+    assert kept == {"curr_iteration", "cuda_graph", "result"}  # what rat_megatron.training.loop.cuda_graphs has one of for every pattern
     assert "FullCudaGraphWrapper.cuda_graph[training_str]" in _source(full_cuda_graph.FullCudaGraphWrapper.__call__)
 
 
 def test_each_pattern_has_a_graph_of_its_own_and_validation_none(monkeypatch):
-    from rat_megatron.training import cuda_graphs
+    from rat_megatron.training.loop import cuda_graphs
 
     monkeypatch.setattr(cuda_graphs, "unwrap_model", lambda model: model)
     monkeypatch.setattr(cuda_graphs, "get_attention_pattern", lambda model: model)
@@ -107,8 +107,8 @@ def test_checkpoint_tracker_is_written_through_the_module_global():
 def test_megatron_still_stumbles_over_strides_in_checkpoint_metadata(one_iteration):
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-    from rat_megatron.convert.checkpoint import find_iteration
-    from rat_megatron.training.megatron_hooks import _without_strides
+    from rat_megatron.checkpoint.torch_dist import find_iteration
+    from rat_megatron.training.patches.megatron_hooks import _without_strides
 
     original, strategy = TorchDistLoadShardedStrategy.load_tensors_metadata, TorchDistLoadShardedStrategy()
     with pytest.raises(TypeError, match="strides"):  # when this passes, the patch can go
@@ -119,7 +119,7 @@ def test_megatron_still_stumbles_over_strides_in_checkpoint_metadata(one_iterati
 def test_strictness_still_looks_for_missing_keys_through_the_global():
     from megatron.core.dist_checkpointing import validation
 
-    from rat_megatron.training.megatron_hooks import _without_what_is_left_out
+    from rat_megatron.training.patches.megatron_hooks import _without_what_is_left_out
 
     assert "= _determine_missing_and_unexpected_keys(" in _source(validation.validate_integrity_and_strict_load)
     missing = {"rng_state", "rerun_state_machine_state", "optimizer.state.exp_avg.x", "decoder.weight"}
@@ -156,7 +156,7 @@ def test_a_checkpoint_may_lack_the_state_of_fp8_and_nothing_else(gpt_model, tmp_
     from torch.distributed.checkpoint.api import CheckpointException
 
     from rat_megatron.errors import UserError
-    from rat_megatron.training import megatron_hooks as hooks
+    from rat_megatron.training.patches import megatron_hooks as hooks
 
     saved, loaded = gpt_model(), gpt_model()
     state = {key: value for key, value in saved.sharded_state_dict().items() if not key.endswith(left_out)}
@@ -201,7 +201,7 @@ def test_megatron_and_torch_still_load_what_is_no_tensor_as_they_did():
 def test_megatron_still_takes_parameters_from_packed_buckets_by_their_padded_places():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from rat_megatron.training.megatron_hooks import _with_padding
+    from rat_megatron.training.patches.megatron_hooks import _with_padding
 
     # When either line is gone, see whether Megatron has mended it; tests/distributed/test_resharding.py says whether all is well.
     assert "world_tensors[state_key][param_world_start:param_world_end]" in _source(
@@ -218,7 +218,7 @@ def test_megatron_still_takes_parameters_from_packed_buckets_by_their_padded_pla
 def test_main_params_are_saved_whole_and_kept_in_halves():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from rat_megatron.training.main_params import join, split, with_main_params_split, with_whole_main_params
+    from rat_megatron.training.patches.main_params import join, split, with_main_params_split, with_whole_main_params
 
     # Remainders would pass through these as they are: into a buffer of fp32, and back into set_scaled_state(), which wants int16.
     for method in ("_get_main_param_and_optimizer_states", "_set_main_param_and_optimizer_states"):
@@ -252,7 +252,7 @@ def test_main_params_are_saved_whole_and_kept_in_halves():
 def test_megatron_still_cannot_resume_its_distributed_optimizer_with_torchs_adam():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from rat_megatron.training.megatron_hooks import _begun
+    from rat_megatron.training.patches.megatron_hooks import _begun
 
     assert "assert len(steps) == 1" in _source(DistributedOptimizer.state_dict)
     assert 's["step"] = step' in _source(DistributedOptimizer.load_state_dict)  # one tensor for all parameters
@@ -264,7 +264,7 @@ def test_megatron_still_cannot_resume_its_distributed_optimizer_with_torchs_adam
 
 
 def test_tracker_is_replaced_whole_or_left_alone(tmp_path):
-    from rat_megatron.training.megatron_hooks import _AtomicTracker
+    from rat_megatron.training.patches.megatron_hooks import _AtomicTracker
 
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("10")
@@ -282,7 +282,7 @@ def test_tracker_is_replaced_whole_or_left_alone(tmp_path):
 def test_every_parameter_is_decayed():
     from megatron.training.training import get_megatron_optimizer_config
 
-    from rat_megatron.training.megatron_hooks import _decay_every_parameter
+    from rat_megatron.training.patches.megatron_hooks import _decay_every_parameter
 
     args = Namespace(lr=1e-3, weight_decay=0.1)
     assert [override["wd_mult"] for override in get_megatron_optimizer_config(args)[1].values()] == [0.0]  # what we take away
@@ -309,7 +309,7 @@ def test_cpu_platform_gives_cuda_words_a_meaning():
 
 
 def test_report_keeps_what_was_measured(tmp_path, monkeypatch):
-    from rat_megatron.training import metrics
+    from rat_megatron.training.monitoring import metrics
 
     args = Namespace(global_batch_size=4, seq_length=8, consumed_train_samples=12, rat_pattern="d16", rat_recurrence=True)
     monkeypatch.setattr(metrics, "get_args", lambda: args)
@@ -340,15 +340,15 @@ def arguments_1_5b(monkeypatch):
 def test_flops_equal_megatrons_where_both_count_the_same(arguments_1_5b):
     from megatron.training.training import num_floating_point_operations
 
-    from rat_megatron.training.flops import iteration_flops
+    from rat_megatron.training.monitoring.flops import iteration_flops
 
     # Megatron counts T * T / 2 pairs of causal attention, we T * (T + 1) / 2.
     assert iteration_flops(arguments_1_5b, 8) == pytest.approx(num_floating_point_operations(arguments_1_5b, 8), rel=1e-4)
 
 
 def test_the_pairs_of_a_pattern_are_counted_once_a_run(arguments_1_5b, monkeypatch):
-    from rat_megatron.pattern import AttentionPattern
-    from rat_megatron.training.flops import iteration_flops
+    from rat_megatron.ratplus.pattern import AttentionPattern
+    from rat_megatron.training.monitoring.flops import iteration_flops
 
     first, count = iteration_flops(arguments_1_5b, 8), AttentionPattern.flops
     counted: list[int] = []
@@ -359,7 +359,7 @@ def test_the_pairs_of_a_pattern_are_counted_once_a_run(arguments_1_5b, monkeypat
 
 
 def test_flops_count_the_forget_gate_and_the_sparse_step(arguments_1_5b):
-    from rat_megatron.training.flops import iteration_flops
+    from rat_megatron.training.monitoring.flops import iteration_flops
 
     args = arguments_1_5b
     baseline = iteration_flops(args, 8)

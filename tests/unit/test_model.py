@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rat_megatron.convert.names import FUSED_QKV, TABLE, split_fused_qkv
-from rat_megatron.pattern import AttentionPattern, PatternError
+from rat_megatron.ratplus.pattern import AttentionPattern, PatternError
 from tests.reference import model as reference_model
 from tests.reference import sees
 
@@ -188,7 +188,7 @@ def test_presets_have_the_parameters_of_the_paper(preset, recurrence, billions):
 
     from rat_megatron.model.config import RATTransformerConfig
     from rat_megatron.model.layer_spec import get_rat_block_spec
-    from rat_megatron.training.presets import MODEL, PRETRAIN
+    from rat_megatron.training.arguments.presets import MODEL, PRETRAIN
 
     values = MODEL | PRETRAIN[preset]
     fields = {field.name for field in dataclasses.fields(RATTransformerConfig)}

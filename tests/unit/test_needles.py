@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rat_megatron.errors import UserError
-from rat_megatron.evaluation import needle_test
+from rat_megatron.evaluation import needle_scores as needle_test
 from rat_megatron.evaluation.model import load_model
-from rat_megatron.evaluation.needle_test import NeedleTest, continue_greedily
+from rat_megatron.evaluation.needle_scores import NeedleTest, continue_greedily
 from rat_megatron.evaluation.needles import _FILLER, KINDS, Needle, NeedleWriter, write_jsonl
 from tests.evaluating import save_tiny_model
 from tests.preparing import save_byte_tokenizer

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rat_megatron.pattern import GRAMMAR, AttentionPattern, HeadPattern, LayerPattern, PatternError
+from rat_megatron.ratplus.pattern import GRAMMAR, AttentionPattern, HeadPattern, LayerPattern, PatternError
 from tests.reference import sees
 
 dilations = st.none() | st.integers(2, 70)

@@ -77,12 +77,12 @@ def test_exported_logits_equal_megatrons(megatron_process, adapted, exported, wo
     from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
 
-    from rat_megatron.convert.checkpoint import find_iteration
+    from rat_megatron.checkpoint.torch_dist import find_iteration
     from rat_megatron.hf import RatPlusForCausalLM
     from rat_megatron.model.config import RATTransformerConfig
     from rat_megatron.model.core_attention import set_attention_pattern
     from rat_megatron.model.layer_spec import get_rat_block_spec
-    from rat_megatron.pattern import AttentionPattern
+    from rat_megatron.ratplus.pattern import AttentionPattern
 
     config = RATTransformerConfig(
         num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, normalization="RMSNorm", layernorm_epsilon=1e-6,

@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rat_megatron.data import documents, packing, tokenizing
-from rat_megatron.data.prepare import PrepareReport, prepare
+from rat_megatron.data.prepare import documents, packing, tokenizing
+from rat_megatron.data.prepare.pipeline import PrepareReport, prepare
 from rat_megatron.errors import UserError
 from tests.preparing import EOD, contents, documents_of, run_until_killed, samples_of, save_byte_tokenizer, stream_of
 
@@ -148,10 +148,10 @@ def test_the_split_follows_the_text_and_the_seed(prepared, texts, tokenizer, tmp
     "step, after",
     [
         ("tokenizing._encode", 9),
-        ("prepare.pack", 0),
+        ("pipeline.pack", 0),
         ("packing._write_shard", 4),
         ("packing.write_json", 4),  # a shard is there, but not its entry
-        ("prepare.pack", 1),
+        ("pipeline.pack", 1),
         ("store.write_json", 0),  # rat_meta.json
     ],
 )
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_to_the_same_result(prepared, inputs, tokenizer, tm
     """Killed while tokenizing, before and while packing, between the splits, and between moving the parts and writing rat_meta.json."""
     output = tmp_path / "data"
     options = {**EXTRA, "tokenizer": tokenizer}
-    assert run_until_killed(f"rat_megatron.data.{step}", after, [inputs], output, **options) == -signal.SIGKILL
+    assert run_until_killed(f"rat_megatron.data.prepare.{step}", after, [inputs], output, **options) == -signal.SIGKILL
     assert not (output / "rat_meta.json").exists()
     kinds = ("*.train", "train/*.mds", "*.entry")
     done_before = {path: path.stat().st_mtime_ns for kind in kinds for path in (output / ".unfinished").glob(kind)}
@@ -194,7 +194,7 @@ def test_runs_killed_at_any_moment_lose_and_repeat_nothing(prepared, inputs, tok
 
 def test_a_dead_worker_ends_the_run_with_a_sentence(prepared, inputs, tokenizer, tmp_path, capfd):
     options = {**EXTRA, "tokenizer": tokenizer}
-    assert run_until_killed("rat_megatron.data.tokenizing._encode", 9, [inputs], tmp_path / "data", victim="worker", **options) == 3
+    assert run_until_killed("rat_megatron.data.prepare.tokenizing._encode", 9, [inputs], tmp_path / "data", victim="worker", **options) == 3
     assert "UserError a worker process died, perhaps for lack of memory: start the same command again" in capfd.readouterr().err
     prepare([inputs], tmp_path / "data", **options)
     assert contents(tmp_path / "data") == contents(prepared[0])
@@ -338,6 +338,6 @@ def test_the_command_prints_its_totals_and_ends_bad_input_with_code_2(inputs, to
 
 
 def test_settings_of_an_unfinished_run_are_kept(prepared, inputs, tokenizer, tmp_path):
-    run_until_killed("rat_megatron.data.prepare.pack", 0, [inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer})
+    run_until_killed("rat_megatron.data.prepare.pipeline.pack", 0, [inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer})
     with pytest.raises(UserError, match="holds an unfinished run with seq_length 32, not 16"):
         prepare([inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer, "seq_length": 16})

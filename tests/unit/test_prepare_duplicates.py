@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from rat_megatron.data import documents, duplicates, packing
-from rat_megatron.data.prepare import prepare
+from rat_megatron.data.prepare import documents, duplicates, packing
+from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import UserError
 from tests.preparing import contents, run_until_killed, save_byte_tokenizer, train_texts, write_lines
 
@@ -72,7 +72,7 @@ def test_workers_passes_and_interruptions_change_nothing(inputs, texts, tokenize
     options = {**OPTIONS, "tokenizer": tokenizer, "val_fraction": 0.3}
     prepare([inputs], tmp_path / "plain", **options)
     monkeypatch.setattr(duplicates, "MEMORY", 50 * duplicates.MEMORY_PER_DOCUMENT)  # 50 documents at once
-    assert run_until_killed(f"rat_megatron.data.{step}", after, [inputs], tmp_path / "killed", **options) == -signal.SIGKILL
+    assert run_until_killed(f"rat_megatron.data.prepare.{step}", after, [inputs], tmp_path / "killed", **options) == -signal.SIGKILL
     prepare([inputs], tmp_path / "killed", **{**options, "workers": 2})
     assert contents(tmp_path / "killed") == contents(tmp_path / "plain")
     found = train_texts(tmp_path / "plain", tokenizer)[:-1]
@@ -82,6 +82,6 @@ def test_workers_passes_and_interruptions_change_nothing(inputs, texts, tokenize
 
 
 def test_other_settings_of_unfinished_work_are_refused(inputs, tokenizer, tmp_path):
-    run_until_killed("rat_megatron.data.prepare.pack", 0, [inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
+    run_until_killed("rat_megatron.data.prepare.pipeline.pack", 0, [inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
     with pytest.raises(UserError, match="unfinished run with deduplicate True, not False"):
         prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **{**OPTIONS, "deduplicate": False})

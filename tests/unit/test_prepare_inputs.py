@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from rat_megatron.data import documents
-from rat_megatron.data.inputs import InputFile
-from rat_megatron.data.prepare import prepare
+from rat_megatron.data.prepare import documents
+from rat_megatron.data.prepare.inputs import InputFile
+from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import UserError
 from tests.preparing import contents, save_byte_tokenizer, train_texts, write_lines
 

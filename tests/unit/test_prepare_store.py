@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rat_megatron.data import documents, packing
-from rat_megatron.data.prepare import prepare
+from rat_megatron.data.prepare import documents, packing
+from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import UserError
 from tests.preparing import contents, run_until_killed, save_byte_tokenizer, write_lines
 
@@ -188,7 +188,7 @@ def test_a_store_gets_the_files_of_a_local_data_set(store, local, inputs, tokeni
 @pytest.mark.parametrize("step, after", [("packing._write_shard", 4), ("store.write_json", 0)])
 def test_a_killed_run_goes_on_and_uploads_no_shard_again(store, local, inputs, tokenizer, tmp_path, step, after):
     options = {**OPTIONS, "tokenizer": tokenizer, "work_dir": tmp_path / "work"}
-    assert run_until_killed(f"rat_megatron.data.{step}", after, [inputs], store.url, **options) == -signal.SIGKILL
+    assert run_until_killed(f"rat_megatron.data.prepare.{step}", after, [inputs], store.url, **options) == -signal.SIGKILL
     before = store.files()
     assert "rat_meta.json" not in before and len([name for name in before if name.endswith(".mds")]) >= after
     store.remove("train/shard.00001.mds")  # seen to be missing in the end, if it is not uploaded again
@@ -223,7 +223,7 @@ def test_a_url_needs_a_folder_for_unfinished_work(inputs, tokenizer):
 
 def test_a_store_that_fails_ends_the_run_with_a_sentence(local, inputs, tokenizer, tmp_path, monkeypatch):
     """A file lies where the folder of the shards belongs; without it the run goes on."""
-    monkeypatch.setattr("rat_megatron.data.store.ATTEMPTS", 1)
+    monkeypatch.setattr("rat_megatron.data.prepare.store.ATTEMPTS", 1)
     target, options = tmp_path / "mounted", {**OPTIONS, "tokenizer": tokenizer, "work_dir": tmp_path / "work"}
     target.mkdir()
     (target / "val").write_text("in the way")

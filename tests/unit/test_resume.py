@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rat_megatron.convert.checkpoint import TorchDistCheckpoint, find_iteration
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, arl_run_flags, pretrain, pretrain_command, pretrain_environment, tensorboard_scalars
 
 

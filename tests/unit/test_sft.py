@@ -16,9 +16,9 @@ import torch
 from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
-from rat_megatron.data import documents, packing
-from rat_megatron.data.prepare import prepare
-from rat_megatron.data.streams import Stream
+from rat_megatron.data.loader.streams import Stream
+from rat_megatron.data.prepare import documents, packing
+from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, REPOSITORY, SEQ_LENGTH, TRAIN_FLAGS, pretrain_environment, tensorboard_scalars
 from tests.preparing import EOD, contents, run_until_killed, save_byte_tokenizer, write_lines
@@ -94,7 +94,7 @@ def test_each_document_is_a_sample_that_says_where_its_answer_is(inputs, pairs, 
 def test_a_killed_run_ends_as_the_uninterrupted_one_and_copies_are_dropped(inputs, pairs, tokenizer, tmp_path, step, after):
     options = {**OPTIONS, "tokenizer": tokenizer, "deduplicate": True}
     report = prepare([inputs], tmp_path / "plain", **options)
-    assert run_until_killed(f"rat_megatron.data.{step}", after, [inputs], tmp_path / "killed", **options) == -signal.SIGKILL
+    assert run_until_killed(f"rat_megatron.data.prepare.{step}", after, [inputs], tmp_path / "killed", **options) == -signal.SIGKILL
     prepare([inputs], tmp_path / "killed", **{**options, "workers": 2})
     assert contents(tmp_path / "killed") == contents(tmp_path / "plain")
     prepare([_write_pairs(tmp_path / "once.jsonl", dict.fromkeys(pairs))], tmp_path / "once", **{**options, "deduplicate": False})

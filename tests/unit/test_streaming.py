@@ -19,9 +19,9 @@ import pytest
 import torch
 from streaming.base.partition import get_partitions
 
-from rat_megatron.data import order, shared_memory, streams
-from rat_megatron.data.streaming import validation_batches
-from rat_megatron.data.streams import Stream, check_streams, parse_data_path
+from rat_megatron.data.loader import order, shared_memory, streams
+from rat_megatron.data.loader.batches import validation_batches
+from rat_megatron.data.loader.streams import Stream, check_streams, parse_data_path
 from rat_megatron.errors import UserError
 from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
 
@@ -408,8 +408,8 @@ def test_an_iteration_given_up_late_does_not_end_the_next(data):
 
 def test_a_program_ends_while_its_workers_wait(data):
     script = f"""
-from rat_megatron.data.streaming import train_batches
-from rat_megatron.data.streams import Stream
+from rat_megatron.data.loader.batches import train_batches
+from rat_megatron.data.loader.streams import Stream
 batches = train_batches([Stream({data!r})], global_batch_size=24, micro_batch_size=2, seq_length=2, eod_id=3, seed=7, num_workers=2)
 next(batches)
 """

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rat_megatron.data.streaming import validation_batches
-from rat_megatron.data.streams import Stream, check_streams
+from rat_megatron.data.loader.batches import validation_batches
+from rat_megatron.data.loader.streams import Stream, check_streams
 from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
 from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
@@ -75,7 +75,7 @@ def test_a_shard_that_vanishes_or_shrinks_after_the_start_is_named(data, workers
 
 
 def test_each_shard_is_compared_with_its_hash_once(data, monkeypatch):
-    from rat_megatron.data import shards
+    from rat_megatron.data.loader import shards
 
     compared = []
     monkeypatch.setattr(shards, "damage", lambda path, info: compared.append(path.name))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from rat_megatron.data import download, streams
-from rat_megatron.data.order import describe_samples
-from rat_megatron.data.streaming import validation_batches
-from rat_megatron.data.streams import Stream, cache_folder, check_streams
+from rat_megatron.data.loader import download, streams
+from rat_megatron.data.loader.batches import validation_batches
+from rat_megatron.data.loader.order import describe_samples
+from rat_megatron.data.loader.streams import Stream, cache_folder, check_streams
 from rat_megatron.errors import UserError
 from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
 

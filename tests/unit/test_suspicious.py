@@ -11,9 +11,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from rat_megatron.training import suspicious
-from rat_megatron.training.arl import StepIterator
-from rat_megatron.training.suspicious import _Track
+from rat_megatron.training.loop.arl import StepIterator
+from rat_megatron.training.monitoring import loss_spikes as suspicious
+from rat_megatron.training.monitoring.loss_spikes import _Track
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
 
 # Runs pretrain_rat.py with something wrong in the model's output from a given microbatch on.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rat_megatron.ops.topk_attention import topk_attention as torch_topk_attention
-from rat_megatron.pattern import HeadPattern
+from rat_megatron.ratplus.pattern import HeadPattern
 from tests.helpers import REPOSITORY
 
 
@@ -35,7 +35,7 @@ def values_and_gradients(attention, inputs, grad_out, *arguments) -> list[torch.
 
 
 def check_equals_the_torch_implementation(word, length, heads, groups, tile, q_positions=None, k_positions=None, fused_blocks=512):
-    from rat_megatron.ops import topk_attention_triton
+    from rat_megatron.ops.topk_attention import triton as topk_attention_triton
 
     topk_attention_triton._TILE, topk_attention_triton._FUSED_BLOCKS = tile, fused_blocks
     topk_attention_triton._SCORES = 100  # of which torch chooses a few rows at a time
@@ -52,7 +52,7 @@ def check_equals_the_torch_implementation(word, length, heads, groups, tile, q_p
 
 
 def check_errors():
-    from rat_megatron.ops.topk_attention_triton import topk_attention
+    from rat_megatron.ops.topk_attention.triton import topk_attention
 
     with pytest.raises(ValueError, match="power of two"):
         topk_attention(*(torch.zeros(1, 1, 4, 24) for _ in range(3)), HeadPattern.parse("d2k2"), 1.0)

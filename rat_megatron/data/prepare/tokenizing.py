@@ -1,0 +1,149 @@
+"""Units of text -> files of token ids, in worker processes: KEY.train and KEY.val, flat ids, and KEY.json, their counts, which comes last
+and says that they are whole. With --answer-column the ids come as records of one document each (`answers.py`); with --deduplicate each
+has a KEY.SPLIT.index of one record per document (`INDEX_TYPE`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rat_megatron.data.format import SPLITS
+from rat_megatron.data.prepare.answers import answer_record
+from rat_megatron.data.prepare.documents import Unit, read_documents, retrying
+from rat_megatron.data.prepare.pool import run_in_workers
+from rat_megatron.data.prepare.settings import Settings
+from rat_megatron.files import write_json
+
+BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
+INDEX_TYPE = np.dtype([("first", "<u8"), ("second", "<u8"), ("tokens", "<u8")])  # the text's hash in two words, its ids with the last one
+ARRAY_TYPES = {"uint16": "H", "uint32": "I"}  # a list becomes an array faster through `array` than through numpy
+
+
+@dataclass(frozen=True)
+class Part:
+    """The token ids of one unit and split. `documents` and `tokens` count what is kept, all but the documents numbered `dropped`;
+    `too_long` documents were never written."""
+
+    tokens_file: Path
+    index_file: Path
+    documents: int
+    tokens: int
+    dropped: np.ndarray  # [dropped] ascending
+    too_long: int = 0
+
+
+def tokenize(units: list[Unit], work: Path, tokenizer: Any, settings: Settings, workers: int) -> tuple[dict[str, list[Part]], float]:
+    """For each split its parts in the order of `units`, and the tokens per second of the units that had not been done before."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    counts = {unit.key: json.loads(path.read_text()) for unit in units if (path := work / f"{unit.key}.json").is_file()}
+    missing = [unit for unit in units if unit.key not in counts]
+    done = run_in_workers(tokenize_unit, (work, tokenizer, settings), missing, workers)
+    columns = (TextColumn("tokenize"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    started, tokens, rate = time.perf_counter(), 0, 0.0
+    total = sum(unit.size for unit in units)
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=total, completed=total - sum(unit.size for unit in missing))
+        for unit, count in done:
+            counts[unit.key] = count
+            tokens += sum(count[split]["tokens"] for split in SPLITS)
+            rate = tokens / (time.perf_counter() - started)
+            progress.update(bar, advance=unit.size, description=f"{tokens:,} tokens, {rate:,.0f} tokens/s")
+    none = np.empty(0, np.int64)
+
+    def part(unit: Unit, split: str) -> Part:
+        return Part(work / f"{unit.key}.{split}", work / f"{unit.key}.{split}.index", **counts[unit.key][split], dropped=none)
+
+    return {split: [part(unit, split) for unit in units] for split in SPLITS}, rate
+
+
+def tokenize_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, Any]:
+    """Writes the files of one unit; its counts. A unit of the Hub is tried several times: nothing of a failed attempt stays."""
+    return retrying(unit.files[0], _write_unit, context, unit)
+
+
+def _write_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, Any]:
+    work, tokenizer, settings = context
+    counts = {split: {"documents": 0, "tokens": 0, "too_long": 0} for split in SPLITS}
+    names = [*SPLITS, *(f"{split}.index" for split in SPLITS if settings.deduplicate)]
+    temporary = {name: work / f"{unit.key}.{name}.{os.getpid()}.tmp" for name in names}
+    batches = _batches(read_documents(unit, settings.columns))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
+        for documents in _read_ahead(batches) if unit.is_remote else batches:
+            encoded = zip(*(_encode(tokenizer, list(texts)) for texts in zip(*documents, strict=True)), strict=True)
+            for texts, ids in zip(documents, encoded, strict=True):
+                text = texts[0].encode()
+                split = "val" if _is_held_out(text, settings) else "train"
+                tokens = sum(map(len, ids)) + 1  # with the end-of-document id
+                if settings.answer_column and tokens > settings.seq_length + 1:
+                    counts[split]["too_long"] += 1
+                    continue
+                files[split].write(_stored(ids, settings))
+                if settings.deduplicate:
+                    digest = hashlib.blake2b(text, digest_size=16, key=b"".join(map(_digest, texts[1:]))).digest()
+                    files[f"{split}.index"].write(digest + tokens.to_bytes(8, "little"))
+                counts[split]["documents"] += 1
+                counts[split]["tokens"] += tokens
+    for name, path in temporary.items():
+        os.replace(path, work / f"{unit.key}.{name}")
+    write_json(work / f"{unit.key}.json", counts)
+    return counts
+
+
+def _stored(ids: tuple[list[int], ...], settings: Settings) -> bytes:
+    """The ids of one document, of its prompt and answer where there are two, as they are written."""
+    if settings.answer_column:
+        return answer_record(*ids, settings).tobytes()
+    return array(ARRAY_TYPES[settings.token_dtype], [*ids[0], settings.eod_id]).tobytes()
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> Iterable[list[int]]:
+    """Ids without any special token: a document that spells out the end-of-document token does not end there."""
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer  # a quarter faster than through Transformers, which also computes offsets
+    backend.encode_special_tokens = True
+    return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def _batches(documents: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    batch, size = [], 0
+    for texts in documents:
+        batch.append(texts)
+        size += sum(map(len, texts))
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read_ahead(batches: Iterator[list[tuple[str, ...]]]) -> Iterator[list[tuple[str, ...]]]:
+    """Reads the next batch while one is tokenized, so that the network is not waited for."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _is_held_out(text: bytes, settings: Settings) -> bool:
+    """By the text, or the prompt alone: all answers to one question are on the same side."""
+    digest = hashlib.blake2b(text, digest_size=8, key=str(settings.seed).encode()).digest()
+    return int.from_bytes(digest, "big") < settings.val_fraction * 2**64

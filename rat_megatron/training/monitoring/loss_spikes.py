@@ -1,0 +1,113 @@
+"""Which samples a NaN or a jump of the loss came from, kept in ``suspicious_samples/`` beside the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.training.global_vars import get_args
+
+from rat_megatron.training.loop.arl import unwrap_iterators
+
+FOLDER_NAME = "suspicious_samples"
+_DECAY = 0.98  # of the running mean and variance: the last fifty iterations or so
+_DEVIATIONS = 6.0
+_WARM_UP = 50  # iterations before a jump can be told
+
+
+def nan_noted(sample_ids: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+    """A test for NaN, to validate the loss of a microbatch with, that notes its samples; sample_ids [b] as the streams count them."""
+
+    def is_nan(loss: torch.Tensor) -> bool:
+        nan = bool(torch.isnan(loss).any())
+        if nan:
+            iteration = get_args().curr_iteration + 1
+            _note(f"iteration-{iteration:07d}-nan-rank{torch.distributed.get_rank():05d}", iteration, "NaN", sample_ids.tolist())
+        return nan
+
+    return is_nan
+
+
+def jumps_noted(train_step: Callable) -> Callable:
+    """Wraps Megatron's ``train_step``: a loss far above its running mean is logged and noted, with the samples of the whole batch.
+
+    Far is six standard deviations of the last fifty iterations or so. Under a CUDA graph, where no microbatch can be checked, a loss or
+    gradient norm that is not finite is noted the same way and ends the run with a RuntimeError, before its update can be saved.
+    Megatron has read the gradient norm from the device by then, so reading the losses costs no further wait.
+    """
+    tracks: dict[str, _Track] = {}
+
+    def step(forward_step_func: Callable, data_iterator: Any, *args: Any, **kwargs: Any) -> tuple:
+        result = train_step(forward_step_func, data_iterator, *args, **kwargs)
+        if get_args().cuda_graph_impl == "full_iteration" and result[0]:
+            _end_unless_finite({**result[0], "grad norm": result[5]}, data_iterator)
+        for name, loss in (result[0] or {}).items():  # on the last pipeline stage, where the losses are; alike on all its ranks
+            if "loss" not in name:
+                continue
+            loss, iteration = float(loss), get_args().curr_iteration + 1
+            if (mean := tracks.setdefault(name, _Track()).jumped_from(loss)) is not None:
+                facts = {"loss": loss, "running_mean": mean}
+                if _note_batch("jump", name, iteration, data_iterator, **facts):
+                    print(f"rat-megatron: {name} jumped from {mean:.4f} to {loss:.4f} at iteration {iteration}", flush=True)
+        return result
+
+    return step
+
+
+def _end_unless_finite(values: dict[str, Any], data_iterator: Any) -> None:
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):  # None: no parameters on this rank
+            iteration = get_args().curr_iteration + 1
+            _note_batch("nan", name, iteration, data_iterator)
+            raise RuntimeError(f"found {float(value)} in {name} of iteration {iteration}: see {FOLDER_NAME}/ beside the checkpoints")
+
+
+def _note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **facts: float) -> bool:
+    """Notes the samples of the whole global batch; returns whether this is the one rank of the last stage that wrote them."""
+    ids = sum((it.sample_ids() for it in unwrap_iterators(data_iterator)[:1]), [])
+    every: list = [None] * mpu.get_data_parallel_world_size()
+    torch.distributed.all_gather_object(every, ids, group=mpu.get_data_parallel_group())
+    first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    if first:
+        file_name = f"iteration-{iteration:07d}-{kind}-{name.replace(' ', '-')}"
+        _note(file_name, iteration, f"{kind} of {name}", sum(every, []), **facts)
+    return first
+
+
+class _Track:
+    """Running mean and variance of one loss."""
+
+    def __init__(self):
+        self._seen, self._mean, self._variance = 0, 0.0, 0.0
+
+    def jumped_from(self, loss: float) -> float | None:
+        """The running mean, if ``loss`` lies far above it. A NaN changes nothing."""
+        if math.isnan(loss):
+            return None
+        deviation = loss - self._mean
+        far = self._seen >= _WARM_UP and deviation > _DEVIATIONS * math.sqrt(self._variance)
+        mean = self._mean if far else None
+        weight = max(1 - _DECAY, 1 / (self._seen + 1))
+        if far:  # one jump must not hide the next
+            deviation = _DEVIATIONS * math.sqrt(self._variance)
+        self._seen += 1
+        self._mean += weight * deviation
+        self._variance = (1 - weight) * (self._variance + weight * deviation**2)
+        return mean
+
+
+def _note(name: str, iteration: int, reason: str, sample_ids: list[int], **facts: float) -> None:
+    args = get_args()
+    if not args.save:
+        return
+    folder = Path(args.save) / FOLDER_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    split = "train" if torch.is_grad_enabled() else "val"
+    content = {"iteration": iteration, "reason": reason, **facts, "data_path": args.data_path, "split": split}
+    content["sample_ids"] = sorted(sample_ids)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
