@@ -32,9 +32,10 @@ from benchmarks.timing import (
     waits_for_device,
     write_json,
 )
-from rat_megatron.ops import decode as decode_torch
+from rat_megatron.ops.decode import decode_step
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import gated_scan
+from rat_megatron.ratplus.cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -258,20 +259,17 @@ def training(size: Size, plain: bool) -> dict[str, Any]:
 def decode(size: Size, plain: bool, word: str, goal: tuple) -> dict[str, Any]:
     head, batch, scale = HeadPattern.parse(word), size.decode_batch, 1 / math.sqrt(size.hn)
     layers = 1 if head.is_dense else 4  # as in a model, whose layers do not find their cache in L2
-    caches = [decode_torch.DecodeCache.empty(head, batch, size.heads, size.hn, size.length, size.dtype, DEVICE) for _ in range(layers)]
+    like = torch.empty(batch, size.heads, 1, size.hn, dtype=size.dtype, device=DEVICE)
+    caches = [HeadCache(head, like, size.length, "bounds") for _ in range(layers)]
     for cache in caches:
         for tensor in (cache.k, cache.v, cache.state):
             tensor.normal_()
     q, f, k, v = torch.randn(batch, size.heads, 4 * size.hn, device=DEVICE).to(size.dtype).split(size.hn, dim=-1)
     cos, sin = (table[-1].expand(batch, -1).contiguous() for table in _angles(size.length, size))
     lengths = torch.full((batch,), size.length - 1, device=DEVICE)
-    step = decode_torch.decode_step
-    if DEVICE == "cuda":
-        from rat_megatron.ops.decode.triton import decode_step as step
-
     copies = [copy_of_bytes(_bytes(2, cache.k), DEVICE) for cache in caches]
     runs = {
-        OURS: captured(lambda: [step(q, f, k, v, cos, sin, cache, lengths, scale) for cache in caches]),
+        OURS: captured(lambda: [decode_step(q, f, k, v, cos, sin, cache, lengths, scale) for cache in caches]),
         FLOOR: captured(lambda: [copy() for copy in copies]),
     }
     more = {}
@@ -279,7 +277,7 @@ def decode(size: Size, plain: bool, word: str, goal: tuple) -> dict[str, Any]:
         decode_plain = torch.no_grad()(straightforward.compiled(straightforward.decode))
         exact = [x.clone() for x in (caches[0].k, caches[0].v, caches[0].state)]
         expected = decode_plain(q, f, k, v, cos, sin, *exact)
-        more["difference"] = difference(step(q, f, k, v, cos, sin, caches[0], lengths, scale), expected)
+        more["difference"] = difference(decode_step(q, f, k, v, cos, sin, caches[0], lengths, scale), expected)
         del exact, expected
         runs[PLAIN] = captured(lambda: [decode_plain(q, f, k, v, cos, sin, c.k, c.v, c.state) for c in caches])
     return _row(runs, size, *goal, flush=not head.is_dense, divide=layers, **more)

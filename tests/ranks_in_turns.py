@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rat_megatron.parallel import context_parallel
-from rat_megatron.parallel.context_parallel import chunks_of, scan_of_projection_context_parallel
+from rat_megatron.parallel.context_parallel import chunks_of, scan_mixed_qkv_context_parallel
 
 
 def scan_in_turns(monkeypatch, projection: Tensor, query_width: int, weights: list[Tensor], size: int) -> list[Tensor]:
-    """scan_of_projection_context_parallel() of a whole sequence's projection [s, b, ng, width], cut for ``size`` ranks.
+    """scan_mixed_qkv_context_parallel() of a whole sequence's projection [s, b, ng, width], cut for ``size`` ranks.
 
     Returns, whole again, its four outputs and the projection's gradient under weights on them. A rank's part lies in memory as a
     Megatron layer's does, or with the batch outermost if the projection does.
@@ -41,7 +41,7 @@ def scan_in_turns(monkeypatch, projection: Tensor, query_width: int, weights: li
             return [run(rank) for rank in range(size)]
 
     parts = [part.requires_grad_() for part in parts]
-    outputs = exchange(lambda rank: scan_of_projection_context_parallel(parts[rank], query_width, groups[rank]))
+    outputs = exchange(lambda rank: scan_mixed_qkv_context_parallel(parts[rank], query_width, groups[rank]))
     own_weights = [[own_part(x, rank, size) for x in weights] for rank in range(size)]
     gradients = exchange(lambda rank: torch.autograd.grad(outputs[rank], parts[rank], own_weights[rank], retain_graph=True))
     return [_whole(of_ranks) for of_ranks in zip(*((*out, *grad) for out, grad in zip(outputs, gradients, strict=True)), strict=True)]

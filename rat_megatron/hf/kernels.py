@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from rat_megatron.ops.decode import DecodeCache
+from rat_megatron.ops.decode import decode_step
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.dispatch import triton_takes
 from rat_megatron.ops.gated_scan import gated_scan
-from rat_megatron.ratplus.attention_ratplus import apply_rotary
 from rat_megatron.ratplus.cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
+from rat_megatron.ratplus.rotary_ratplus import apply_rotary
 
 
 def can_scan(k: torch.Tensor) -> bool:
@@ -55,8 +55,5 @@ def can_decode(q: torch.Tensor, cache: HeadCache) -> bool:
 
 def decode(q, f, k, v, rotary, cache: HeadCache, lengths: torch.Tensor) -> torch.Tensor:
     """One token a row, before recurrence and RoPE; updates the cache. Returns attention's output [b, np, 1, hn]."""
-    from rat_megatron.ops.decode.triton import decode_step
-
     cos, sin = (table[:, 0, 0].expand(len(lengths), -1) for table in rotary)
-    entries = DecodeCache(cache.head, cache.max_length, cache.k, cache.v, cache.state)
-    return decode_step(*(x[:, :, 0] for x in (q, f, k, v)), cos, sin, entries, lengths, 1 / math.sqrt(q.shape[-1]))[:, :, None]
+    return decode_step(*(x[:, :, 0] for x in (q, f, k, v)), cos, sin, cache, lengths, 1 / math.sqrt(q.shape[-1]))[:, :, None]

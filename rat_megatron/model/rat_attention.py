@@ -14,8 +14,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from rat_megatron.ops.gated_scan import scan_of_projection
-from rat_megatron.parallel.context_parallel import scan_of_projection_context_parallel
+from rat_megatron.ops.gated_scan import scan_mixed_qkv
+from rat_megatron.parallel.context_parallel import scan_mixed_qkv_context_parallel
 
 
 class RATSelfAttention(SelfAttention):
@@ -93,9 +93,9 @@ class RATSelfAttention(SelfAttention):
         query_width = self.num_attention_heads_per_partition // groups * hn
         mixed_qkv = mixed_qkv.unflatten(-1, (groups, -1))  # [s, b, ng, 2 * np/ng * hn + 3 * hn]
         if self.pg_collection.cp.size() > 1:
-            query, gate, key, value = scan_of_projection_context_parallel(mixed_qkv, query_width, self.pg_collection.cp)
+            query, gate, key, value = scan_mixed_qkv_context_parallel(mixed_qkv, query_width, self.pg_collection.cp)
         else:
-            query, gate, key, value = scan_of_projection(mixed_qkv, query_width, *self._cos_and_sin(len(mixed_qkv)))
+            query, gate, key, value = scan_mixed_qkv(mixed_qkv, query_width, *self._cos_and_sin(len(mixed_qkv)))
         query = query.reshape(*query.shape[:2], -1, hn)  # [s, b, ng, np/ng * hn] -> [s, b, np, hn]
         gate = gate.reshape(*gate.shape[:2], -1, hn)
         return query, key, value, gate

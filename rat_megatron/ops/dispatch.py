@@ -1,9 +1,16 @@
-"""When the Triton kernels can take the place of their torch references."""
+"""Which implementation of an operator serves some tensors: the Triton kernels, or torch, which is the definition.
+
+An operator is a package: ``__init__`` is what others call, ``reference`` the torch functions, ``triton`` those of the same names and
+signatures on the kernels of ``kernels``.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -19,3 +26,17 @@ def triton_takes(*tensors: torch.Tensor) -> bool:
     types = (torch.bfloat16, torch.float16, torch.float32)
     tileable = 16 <= head_dim <= 256 and not head_dim & (head_dim - 1)
     return tileable and all(x.is_cuda and x.dtype in types for x in tensors) and find_spec("triton") is not None
+
+
+def choose(operator: str, implementation: str | None, *tensors: torch.Tensor) -> ModuleType:
+    """The module of an operator's package that serves these tensors; "torch" or "triton" overrides the choice. Raises ValueError."""
+    if implementation not in (None, "torch", "triton"):
+        raise ValueError(f"implementation is None, 'torch' or 'triton', not {implementation!r}")
+    fused = implementation == "triton" or (implementation is None and triton_takes(*tensors))
+    return import_module(f"{operator}.{'triton' if fused else 'reference'}")
+
+
+@functools.cache
+def processor_count(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

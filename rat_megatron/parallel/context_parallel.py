@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops.dilated_attention import dilated_attention, kept_positions, segment_attention
+from rat_megatron.ops.dilated_attention.heads import attend_by_head
 from rat_megatron.ops.gated_scan import (
     adjoint_summary,
-    projection_widths,
+    mixed_qkv_widths,
     scan_backward,
     scan_forward,
     scan_summary,
@@ -41,20 +42,20 @@ def in_sequence_order(gathered: Tensor, size: int) -> list[Tensor]:
 # ---- the recurrence ------------------------------------------------------------------------------------------------------------------
 
 
-def scan_of_projection_context_parallel(
+def scan_mixed_qkv_context_parallel(
     projection: Tensor, query_width: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scan_of_projection over the whole sequence, of which this rank holds two chunks, without RoPE.
+    """scan_mixed_qkv over the whole sequence, of which this rank holds two chunks, without RoPE.
 
     projection: [s, b, ng, 2 * query_width + 3 * hn] -> query and output gate [s, b, ng, query_width], k~ and v~ [s, b, ng, hn]. What a
     chunk does to the state is h_out = A * h_in + B. The ranks exchange (A, B) in fp32, [2, 3, b, ng, hn] each, and every chunk runs from
     its true state; the backward pass exchanges the same the other way round. Nothing is computed in logarithms.
     """
     training = torch.is_grad_enabled() and projection.requires_grad
-    return _ScanOfProjection.apply(projection, projection_widths(projection, query_width), group, training)
+    return _ScanMixedQkv.apply(projection, mixed_qkv_widths(projection, query_width), group, training)
 
 
-class _ScanOfProjection(torch.autograd.Function):
+class _ScanMixedQkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projection, widths, group, training):
         query, gate, *_ = projection.split(widths, dim=-1)
@@ -108,17 +109,7 @@ def attention_context_parallel(
     A dilated pattern gathers the kept keys and the sinks and receives a window's worth of keys before each chunk; dense and top-k ones
     gather every key. A chunk must be a multiple of the dilation.
     """
-    if pattern.is_uniform:
-        return _attend(q, k, v, pattern.heads[0], softmax_scale, group)
-    # Split and joined by head: an index of heads would be copied from the host in every step.
-    q_heads, k_heads, v_heads = (x.split(1, dim=2) for x in (q, k, v))
-    share, outputs = len(q_heads) // len(k_heads), {}
-    for head in dict.fromkeys(pattern.heads):
-        members = [h for h in range(len(q_heads)) if pattern.heads[h] == head]
-        queries = torch.cat([q_heads[h] for h in members], dim=2)
-        keys, values = (torch.cat([x[h // share] for h in members], dim=2) for x in (k_heads, v_heads))
-        outputs |= zip(members, _attend(queries, keys, values, head, softmax_scale, group).split(1, dim=2), strict=True)
-    return torch.cat([outputs[h] for h in range(len(q_heads))], dim=2)
+    return attend_by_head(q, k, v, pattern, lambda head, q, k, v: _attend(q, k, v, head, softmax_scale, group))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: float, group: dist.ProcessGroup) -> Tensor:

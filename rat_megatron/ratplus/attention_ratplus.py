@@ -10,17 +10,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .cache_ratplus import HeadCache
 from .pattern import HeadPattern, LayerPattern
+from .rotary_ratplus import apply_rotary, wide
 
 # `import rat_megatron.hf` puts fused kernels here. A model loaded with trust_remote_code runs without.
 kernels = None
 
 _QUERIES = 256  # that attend at a time where a mask is needed; they share the keys kept of the tokens before them
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in fp32, or unchanged when it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass
@@ -155,22 +152,9 @@ def _scan(gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def rotary_tables(positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [b, 1, t, hn / 2] for positions [b, t]; angles in fp32 at least."""
-    precise = torch.promote_types(dtype, torch.float32)
-    inverse_frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=precise) / head_dim)
-    angle = positions[:, None, :, None] * inverse_frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate-half RoPE of x [b, np, t, hn]."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-
-
-def _softmax_attention(q, k, v, mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+def _softmax_attention(q, k, v, mask: torch.Tensor | None = None, is_causal: bool = False, scale: float | None = None) -> torch.Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
 
 
 def _attend_alone(q, k, v, rotary, head: HeadPattern, tokens: Tokens, scores: str) -> torch.Tensor:
@@ -181,18 +165,11 @@ def _attend_alone(q, k, v, rotary, head: HeadPattern, tokens: Tokens, scores: st
     if head.is_dense:
         return _softmax_attention(q, k, v, is_causal=True)
     if not head.blocks and not torch.is_grad_enabled():
-        from .cache_ratplus import HeadCache  # which imports this module
-
         return _attend_in_pieces(q, k, v, tokens, HeadCache(head, k, k.shape[2], scores))
     at = torch.arange(q.shape[2], device=q.device)
     if not head.blocks:
         return _softmax_attention(q, k, v, head.mask(at[:, None], at))
-    summary = block_summary(k, head.dilation, scores)
-    outputs = []
-    for queries, positions in zip(q.split(_QUERIES, dim=2), at.split(_QUERIES), strict=True):
-        chosen = choose_blocks(queries, summary, positions[None], head, scores)
-        outputs.append(_softmax_attention(queries, k, v, _seen_in_blocks(chosen, at, positions[None], head)))
-    return torch.cat(outputs, dim=2)
+    return attend_to_blocks(q, k, v, block_summary(k, head.dilation, scores), at[None], head, scores)
 
 
 def _attend_in_pieces(q, k, v, tokens: Tokens, cache) -> torch.Tensor:
@@ -243,12 +220,7 @@ def _attend_top_k(q, k, v, tokens: Tokens, cache) -> torch.Tensor:
     total = tokens.columns + tokens.length
     cache.write(k, v, tokens.before, tokens.counts, total)
     slots = cache.in_use(total)
-    keys, values, at = cache.k[:, :, :slots], cache.v[:, :, :slots], torch.arange(slots, device=q.device)
-    outputs = []
-    for queries, positions in zip(q.split(_QUERIES, dim=2), tokens.positions.split(_QUERIES, dim=1), strict=True):
-        chosen = choose_blocks(queries, cache.blocks, positions, cache.head, cache.scores)
-        outputs.append(_softmax_attention(queries, keys, values, _seen_in_blocks(chosen, at, positions, cache.head)))
-    return torch.cat(outputs, dim=2)
+    return attend_to_blocks(q, cache.k[:, :, :slots], cache.v[:, :, :slots], cache.blocks, tokens.positions, cache.head, cache.scores)
 
 
 def _attend_one_to_blocks(q, tokens: Tokens, cache) -> torch.Tensor:
@@ -269,6 +241,29 @@ def _attend_one_to_blocks(q, tokens: Tokens, cache) -> torch.Tensor:
     if tokens.real is not None:
         seen = seen | ~tokens.real[:, None]
     return _softmax_attention(q, keys, values, seen[:, :, None])
+
+
+def attend_to_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary: torch.Tensor,
+    positions: torch.Tensor,
+    head: HeadPattern,
+    scores: str,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Top-k attention of queries [b, np, t, hn] at positions [b or 1, t] over k, v [b, ng, s, hn] at 0, 1, ..., whose blocks' summary is
+    given as HeadCache.blocks. ``scale``: of the products, 1 / sqrt(hn) when absent."""
+    at, outputs = torch.arange(k.shape[2], device=q.device), []
+    for queries, places in zip(q.split(_QUERIES, dim=2), positions.split(_QUERIES, dim=1), strict=True):
+        with torch.no_grad():
+            seen = choose_blocks(queries, summary, places, head, scores)[..., at // head.dilation]  # [b, np, t, s]
+            if head.dilate_rest:
+                seen = seen | ((at + 1) % head.dilation == 0)
+            seen = seen & (at <= places[:, None, :, None])
+        outputs.append(_softmax_attention(queries, k, v, seen, scale=scale))
+    return torch.cat(outputs, dim=2)
 
 
 @torch.no_grad()
@@ -302,11 +297,3 @@ def choose_blocks(q: torch.Tensor, summary: torch.Tensor, positions: torch.Tenso
         top = torch.zeros_like(scored, dtype=torch.bool).scatter(-1, scored.topk(best, dim=-1).indices, True)
         chosen = chosen | (top & candidate)
     return (chosen & (block < count)).expand(*q.shape[:3], -1)
-
-
-def _seen_in_blocks(chosen: torch.Tensor, keys: torch.Tensor, queries: torch.Tensor, head: HeadPattern) -> torch.Tensor:
-    """Blocks chosen [b, np, t, blocks + 1] as a mask over the keys at positions [s], for queries at [b or 1, t]: [b, np, t, s]."""
-    seen = chosen[..., keys // head.dilation]
-    if head.dilate_rest:
-        seen = seen | ((keys + 1) % head.dilation == 0)
-    return seen & (keys <= queries[:, None, :, None])

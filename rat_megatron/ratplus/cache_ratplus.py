@@ -10,9 +10,9 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_ratplus import apply_rotary, rotary_tables
 from .configuration_ratplus import RatPlusConfig
 from .pattern import AttentionPattern, HeadPattern
+from .rotary_ratplus import apply_rotary, rotary_tables
 
 # What Transformers calls a cache among the arguments and the outputs of a model: "past_key_values" before 5.24, "cache" since.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"

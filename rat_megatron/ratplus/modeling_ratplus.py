@@ -1,7 +1,7 @@
 """RAT+ as a Transformers model: attention over keys and values that a gated recurrence has smoothed along the sequence.
 
-Source: arXiv 2602.18196 (the layer, dilated attention with window and sinks, hybrids, top-k blocks). This file needs only the four
-beside it (configuration, attention, cache, pattern), and runs on transformers 4.57 and 5.
+Source: arXiv 2602.18196 (the layer, dilated attention with window and sinks, hybrids, top-k blocks). This file needs only those
+beside it (configuration, attention, cache, rotary, pattern), and runs on transformers 4.57 and 5.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .attention_ratplus import Tokens, attend, head_sets, rotary_tables, wide
+from .attention_ratplus import Tokens, attend, head_sets
 from .cache_ratplus import CACHE_NAME, RatPlusCache
 from .configuration_ratplus import RatPlusConfig
 from .pattern import AttentionPattern, LayerPattern
+from .rotary_ratplus import rotary_tables, wide
 
 
 class RatPlusAttention(nn.Module):

@@ -11,11 +11,11 @@ from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rat_megatron.ops import gated_scan as gated_scan_module
+from rat_megatron.ops import dispatch
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import gated_scan, states_of_chunks
 from rat_megatron.parallel import context_parallel
-from rat_megatron.parallel.context_parallel import attention_context_parallel, chunks_of, scan_of_projection_context_parallel
+from rat_megatron.parallel.context_parallel import attention_context_parallel, chunks_of, scan_mixed_qkv_context_parallel
 from rat_megatron.ratplus.pattern import AttentionPattern
 
 LENGTH, BATCH, HEADS, GROUPS, DIM = 128, 2, 4, 2, 8
@@ -54,7 +54,7 @@ def assert_same_as_one_rank(whole, split, inputs: list[torch.Tensor], group) -> 
 
 def scan_context_parallel(q, gate, k, v, f, group) -> tuple[torch.Tensor, ...]:
     """The scan of a projection that holds these: queries and output gates, k~ and v~."""
-    return scan_of_projection_context_parallel(torch.cat([q, gate, k, v, f], dim=-1), q.shape[-1], group)
+    return scan_mixed_qkv_context_parallel(torch.cat([q, gate, k, v, f], dim=-1), q.shape[-1], group)
 
 
 def check_scan(group) -> None:
@@ -222,9 +222,9 @@ def test_scan_launches_one_kernel_for_both_chunks_and_joins_no_outputs(groups, m
     for name in ("summary", "join", "states", "forward", "backward"):
         launch = lambda *args, name=name, **options: launched.append(name)  # noqa: E731
         monkeypatch.setattr(kernels, f"gated_scan_{name}", defaultdict(lambda launch=launch: launch))  # whatever the grid
-    monkeypatch.setattr(gated_scan_module, "triton_takes", lambda *tensors: True)
+    monkeypatch.setattr(dispatch, "triton_takes", lambda *tensors: True)
     projection = torch.randn(LENGTH // 4, BATCH, GROUPS, 2 * 16 + 3 * DIM, dtype=torch.bfloat16)
-    run = partial(scan_of_projection_context_parallel, query_width=16, group=groups[4])
+    run = partial(scan_mixed_qkv_context_parallel, query_width=16, group=groups[4])
     forward, backward = launched_on_device(monkeypatch, run, [projection])
     assert launched == ["summary", "join", "states", "forward", "summary", "join", "states", "backward"]
     # "full" is the room where a scan's programs leave states to each other; the gradients of query and gate are copied to their places.

@@ -9,8 +9,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from rat_megatron.ops.dilated_attention import dilated_attention
-from rat_megatron.ops.gated_scan import scan_of_projection
-from rat_megatron.parallel.context_parallel import attention_context_parallel, scan_of_projection_context_parallel
+from rat_megatron.ops.gated_scan import scan_mixed_qkv
+from rat_megatron.parallel.context_parallel import attention_context_parallel, scan_mixed_qkv_context_parallel
 from rat_megatron.ratplus.pattern import AttentionPattern
 
 LENGTH, BATCH, GROUPS, DIM = 512, 2, 2, 64
@@ -27,7 +27,7 @@ def group():
 def attention_of(projection, word: str, group=None) -> torch.Tensor:
     """The scan of a projection and attention under a pattern, over a group if there is one: [s, b, ng, 7 * hn] -> [s, b, 2 * ng, hn]."""
     pattern = AttentionPattern.parse(word).layer(0)
-    scan = scan_of_projection(projection, 2 * DIM) if group is None else scan_of_projection_context_parallel(projection, 2 * DIM, group)
+    scan = scan_mixed_qkv(projection, 2 * DIM) if group is None else scan_mixed_qkv_context_parallel(projection, 2 * DIM, group)
     query, gate, k, v = scan
     q = query.reshape(*query.shape[:2], -1, DIM)
     out = dilated_attention(q, k, v, pattern, 0.1) if group is None else attention_context_parallel(q, k, v, pattern, 0.1, group)

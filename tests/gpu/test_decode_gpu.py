@@ -1,7 +1,8 @@
 """The decode kernel on a GPU: against the torch step in float64, in a CUDA graph, and with the same result every time."""
 
 import math
-from dataclasses import replace
+from copy import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from rat_megatron.ops import decode
-from rat_megatron.ops.decode import DecodeCache
-from rat_megatron.ops.decode.triton import decode_step
+from rat_megatron.ops.decode import decode_step
+from rat_megatron.ratplus.cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern
 
+torch_step = partial(decode_step, implementation="torch")
 DIM, MAX_LENGTH = 64, 300
 SCALE = 1 / math.sqrt(DIM)
 LENGTHS = [0, 1, 31, 64, 255, 298]
@@ -27,21 +28,24 @@ def token(batch: int, heads: int, groups: int, dtype: torch.dtype, seed: int, di
     return [q, *fkv.split(dim, dim=-1), angle.cos(), angle.sin()]
 
 
-def random_cache(head: HeadPattern, groups: int, lengths: torch.Tensor, dtype: torch.dtype, dim=DIM, max_length=MAX_LENGTH) -> DecodeCache:
+def random_cache(head: HeadPattern, groups: int, lengths: torch.Tensor, dtype: torch.dtype, dim=DIM, max_length=MAX_LENGTH) -> HeadCache:
     """A cache of random entries, NaN where no token is."""
-    cache = DecodeCache.empty(head, len(lengths), groups, dim, max_length, dtype, "cuda")
+    cache = HeadCache(head, torch.empty(len(lengths), groups, 1, dim, dtype=dtype, device="cuda"), max_length, "bounds")
     generator = torch.Generator("cuda").manual_seed(5)
-    stored = head.slot_positions(cache.capacity, lengths)[:, None, :, None]
+    stored = head.slot_positions(cache.k.shape[2], lengths)[:, None, :, None]
     for kept in (cache.k, cache.v):
         kept.normal_(generator=generator).masked_fill_(stored < 0, torch.nan)
     cache.state.normal_(generator=generator)
     return cache
 
 
-def copy_of(cache: DecodeCache, dtype: torch.dtype | None = None) -> DecodeCache:
+def copy_of(cache: HeadCache, dtype: torch.dtype | None = None) -> HeadCache:
     state_dtype = torch.float64 if dtype == torch.float64 else None
-    clones = (x.clone().to(kind or x.dtype) for x, kind in ((cache.k, dtype), (cache.v, dtype), (cache.state, state_dtype)))
-    return replace(cache, **dict(zip(("k", "v", "state"), clones, strict=True)))
+    clone = copy(cache)
+    for name, kind in (("k", dtype), ("v", dtype), ("state", state_dtype)):
+        tensor = getattr(cache, name)
+        setattr(clone, name, tensor.clone().to(kind or tensor.dtype))
+    return clone
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -55,7 +59,7 @@ def check_steps(word: str, heads: int, groups: int, dtype: torch.dtype, toleranc
     for step in range(2):
         inputs = token(len(lengths), heads, groups, dtype, step, dim)
         out = decode_step(*inputs, cache, lengths, SCALE)
-        expected = decode.decode_step(*(x.double() for x in inputs), exact, lengths, SCALE)
+        expected = torch_step(*(x.double() for x in inputs), exact, lengths, SCALE)
         assert out.dtype == dtype and error(out, expected) <= tolerance
         assert error(cache.state, exact.state) <= 1e-6
         assert torch.equal(cache.k.isnan(), exact.k.isnan())
@@ -118,5 +122,5 @@ def test_saturated_gates(gate):
     exact = copy_of(cache, torch.float64)
     q, f, *rest = token(2, 4, 4, torch.float32, 0)
     out = decode_step(q, torch.full_like(f, gate), *rest, cache, lengths, SCALE)
-    expected = decode.decode_step(*(x.double() for x in (q, torch.full_like(f, gate), *rest)), exact, lengths, SCALE)
+    expected = torch_step(*(x.double() for x in (q, torch.full_like(f, gate), *rest)), exact, lengths, SCALE)
     assert error(out, expected) <= 1e-5

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from rat_megatron.ops.gated_scan import triton as gated_scan_triton
 from rat_megatron.ops.gated_scan.triton import adjoint_summary, gated_scan, scan_summary
-from rat_megatron.ops.rope import turn
+from rat_megatron.ratplus.rotary_ratplus import apply_rotary
 from tests.ranks_in_turns import scan_in_turns
 
 definition = SimpleNamespace(
@@ -125,10 +125,10 @@ def test_scan_of_a_projection_is_that_of_its_slices(length, groups, query_width)
     cos, sin = (table(torch.rand(length, 64, device="cuda") * 6) for table in (torch.cos, torch.sin))
     projection = torch.randn(length, 2, groups, 2 * query_width + 3 * 128, device="cuda").bfloat16().requires_grad_()
     query, gate, k, v, f = projection.split([query_width, query_width, 128, 128, 128], dim=-1)
-    heads = turn(query.unflatten(-1, (-1, 128)), cos[:, None, None, None], sin[:, None, None, None]).flatten(-2)
+    heads = apply_rotary(query.unflatten(-1, (-1, 128)), cos[:, None, None, None], sin[:, None, None, None]).flatten(-2)
     expected = heads, gate, *gated_scan(f, k, v, None, cos, sin)[:2]
     used_up = projection.detach().clone().requires_grad_()
-    outputs = public.scan_of_projection(used_up, query_width, cos, sin)
+    outputs = public.scan_mixed_qkv(used_up, query_width, cos, sin)
     assert all("ScanOfProjection" in type(x.grad_fn).__name__ for x in outputs), "one gradient buffer, not five to join"
     assert all(torch.equal(a, e) for a, e in zip(outputs[1:], expected[1:], strict=True))
     assert_close(outputs[:1], expected[:1], 2e-3)
@@ -173,7 +173,7 @@ def test_a_scan_over_several_ranks_is_that_of_one(size, chunk, batch, groups, hn
     query_width = 2 * hn
     projection = torch.randn(2 * size * chunk, batch, groups, 2 * query_width + 3 * hn, device="cuda").to(dtype)
     exact = projection.double().requires_grad_()
-    expected = public.scan_of_projection(exact, query_width)
+    expected = public.scan_mixed_qkv(exact, query_width)
     weights = [torch.randn(x.shape, device="cuda").to(dtype) for x in expected]
     gradient = torch.autograd.grad(expected, exact, [x.double() for x in weights])
     actual = scan_in_turns(monkeypatch, projection, query_width, weights, size)

@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.ops.topk_attention import triton as module
+from rat_megatron.ratplus import attention_ratplus
 from rat_megatron.ratplus.pattern import HeadPattern
 
 
@@ -29,15 +30,15 @@ def values_and_gradients(attention, inputs, grad_out, *arguments) -> list[torch.
 def check(word: str, length: int, heads: int, groups: int, dtype: torch.dtype, tolerance: float, monkeypatch, dim: int = 64):
     *inputs, grad_out = draw(length, heads, groups, dtype, dim)
     head, scale, at = HeadPattern.parse(word), 1 / math.sqrt(dim), torch.arange(length, device="cuda")
-    actual = values_and_gradients(module.topk_attention, inputs, grad_out, head, scale)
+    actual = values_and_gradients(topk_attention, inputs, grad_out, head, scale)
     chosen = module._chosen_blocks(*inputs[:2], head, at)
     # Near ties could fall otherwise in float64, so the choice is compared for itself, and given to the reference.
     monkeypatch.setattr(module, "_FUSED_BLOCKS", 0)
     by_torch = module._chosen_blocks(*inputs[:2], head, at)
     assert (chosen != by_torch).float().mean() <= 1e-5
     monkeypatch.undo()
-    monkeypatch.setattr("rat_megatron.ops.topk_attention._QUERIES", length)
-    monkeypatch.setattr("rat_megatron.ops.topk_attention._choose_blocks", lambda *_: chosen.mT > 0)
+    monkeypatch.setattr(attention_ratplus, "_QUERIES", length)
+    monkeypatch.setattr(attention_ratplus, "choose_blocks", lambda *_: torch.nn.functional.pad(chosen.mT > 0, (0, 1)))
     exact = [x.double() for x in inputs]
     expected = values_and_gradients(topk_attention, exact, grad_out.double(), head, scale, at, at)
     for name, a, e in zip(("out", "q", "k", "v"), actual, expected, strict=True):
@@ -70,5 +71,5 @@ def test_any_order_of_positions():
 def test_heads_of_128_and_the_same_result_every_time():
     *inputs, grad_out = draw(1000, 4, 2, torch.bfloat16, dim=128)
     head = HeadPattern.parse("d64k6+d")
-    once, again = (values_and_gradients(module.topk_attention, inputs, grad_out, head, 1 / math.sqrt(128)) for _ in range(2))
+    once, again = (values_and_gradients(topk_attention, inputs, grad_out, head, 1 / math.sqrt(128)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))

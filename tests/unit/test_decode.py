@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from rat_megatron.ops.decode import DecodeCache, decode_step, prefill_cache
+from rat_megatron.ops.decode import decode_step
 from rat_megatron.ops.gated_scan import gated_scan
+from rat_megatron.ratplus.cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern
 from tests import reference
 
@@ -35,14 +36,18 @@ def rotary_rows(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return angle.cos(), angle.sin()
 
 
-def poisoned_cache(head: HeadPattern, batch: int, dtype: torch.dtype) -> DecodeCache:
-    cache = DecodeCache.empty(head, batch, GROUPS, DIM, LENGTH, dtype)
+def empty_cache(head: HeadPattern, batch: int, dtype: torch.dtype = torch.float64, length: int = LENGTH) -> HeadCache:
+    return HeadCache(head, torch.empty(batch, GROUPS, 1, DIM, dtype=dtype), length, "bounds")
+
+
+def poisoned_cache(head: HeadPattern, batch: int, dtype: torch.dtype) -> HeadCache:
+    cache = empty_cache(head, batch, dtype)
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
     return cache
 
 
-def prefilled(q, f, k, v, head: HeadPattern, lengths: torch.Tensor, left: bool, cache: DecodeCache | None = None) -> DecodeCache:
+def prefilled(q, f, k, v, head: HeadPattern, lengths: torch.Tensor, left: bool, cache: HeadCache | None = None) -> HeadCache:
     """The cache after lengths[b] tokens of every row, prefilled as one batch padded on the left or right."""
     cache = cache or poisoned_cache(head, len(lengths), q.dtype)
     width = int(lengths.max())
@@ -58,11 +63,15 @@ def prefilled(q, f, k, v, head: HeadPattern, lengths: torch.Tensor, left: bool, 
     x1, x2 = smooth_k.transpose(0, 1).chunk(2, dim=-1)
     cos, sin = (x.unflatten(0, positions.shape)[:, :, None].to(q.dtype) for x in (cos, sin))
     keys = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-    prefill_cache(cache, keys, smooth_v.transpose(0, 1), state, positions)
+    first = (positions == 0).int().argmax(dim=1, keepdim=True)  # real tokens go first in their rows, as the model sorts them
+    order = (first + column) % width
+    keys, values = (x[torch.arange(len(lengths))[:, None], order].transpose(1, 2) for x in (keys, smooth_v.transpose(0, 1)))
+    cache.write(keys, values, torch.zeros_like(lengths), lengths, width)
+    cache.state.copy_(state)
     return cache
 
 
-def decode_rest(q, f, k, v, cache: DecodeCache, lengths: torch.Tensor, step=decode_step) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_rest(q, f, k, v, cache: HeadCache, lengths: torch.Tensor, step=decode_step) -> tuple[torch.Tensor, torch.Tensor]:
     """Decodes until the longest row is full: outputs [b, steps, np, hn] and their positions [b, steps]."""
     rows, outputs, places = torch.arange(len(lengths)), [], []
     for _ in range(LENGTH - int(lengths.max())):
@@ -136,23 +145,19 @@ def test_prefill_overwrites_what_the_cache_held():
 def test_a_full_row_writes_nothing_outside_its_slots():
     head, lengths = HeadPattern(4), torch.tensor([LENGTH, 3])
     q, f, k, v = (x[:, 0] for x in layer_inputs(2))
-    cache = DecodeCache.empty(head, 2, GROUPS, DIM, LENGTH, dtype=torch.float64)
+    cache = empty_cache(head, 2)
     out = decode_step(q, f, k, v, *rotary_rows(lengths), cache, lengths + torch.tensor([2, 0]), SCALE)  # positions 43 and 3 are dilated
     assert out.isfinite().all()
     assert not cache.k[0].any() and cache.k[1, :, 0].all() and not cache.k[1, :, 1:].any()
 
 
 def test_errors_name_the_shapes():
-    with pytest.raises(ValueError, match="d4k3.*no compact cache"):
-        DecodeCache.empty(HeadPattern.parse("d4k3"), 1, GROUPS, DIM, LENGTH)
-    cache = DecodeCache.empty(HeadPattern(4), 1, GROUPS, DIM, 8, dtype=torch.float64)
+    cache = empty_cache(HeadPattern(4), 1, length=8)
     q, f, k, v = layer_inputs(1)
-    with pytest.raises(ValueError, match="41 tokens does not fit a cache made for 8"):
-        prefill_cache(cache, k, v, cache.state, torch.arange(LENGTH)[None])
-    with pytest.raises(ValueError, match="prefill needs"):
-        prefill_cache(cache, k, v, cache.state, torch.arange(LENGTH))
     lengths = torch.tensor([0])
     cos, sin = rotary_rows(lengths)
+    with pytest.raises(ValueError, match="d4k3.*by score"):
+        decode_step(q[:, 0], f[:, 0], k[:, 0], v[:, 0], cos, sin, empty_cache(HeadPattern.parse("d4k3"), 1), lengths, SCALE)
     with pytest.raises(ValueError, match="f, k and v"):
         decode_step(q[:, 0], f[:, 0], k[:, 0], v[:, 0, :1], cos, sin, cache, lengths, SCALE)
     with pytest.raises(ValueError, match=r"q \[1, 3, 8\]"):

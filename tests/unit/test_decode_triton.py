@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from copy import deepcopy
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from rat_megatron.ops import decode
-from rat_megatron.ops.decode import DecodeCache
+from rat_megatron.ops.decode import decode_step
+from rat_megatron.ratplus.cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern
 from tests.helpers import REPOSITORY
 
@@ -34,19 +34,19 @@ def check_steps_equal_the_torch_step(word, heads, groups, dtype, tolerance, leng
     def draw(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    cache = DecodeCache.empty(head, batch, groups, head_dim, max_length, dtype)
+    cache = HeadCache(head, torch.empty(batch, groups, 1, head_dim, dtype=dtype), max_length, "bounds")
     lengths = torch.tensor(lengths)
-    stored = head.slot_positions(cache.capacity, lengths)[:, None, :, None]
+    stored = head.slot_positions(cache.k.shape[2], lengths)[:, None, :, None]
     cache.k.copy_(draw(*cache.k.shape).where(stored >= 0, torch.nan))
     cache.v.copy_(draw(*cache.v.shape).where(stored >= 0, torch.nan))
     cache.state.copy_(draw(*cache.state.shape))
-    expected_cache = replace(cache, k=cache.k.clone(), v=cache.v.clone(), state=cache.state.clone())
+    expected_cache = deepcopy(cache)
     for _ in range(steps):
         q, fkv = draw(batch, heads, head_dim), draw(batch, groups, 3 * head_dim)
         f, k, v = fkv.split(head_dim, dim=-1)  # strided, as a fused projection leaves them
         cos, sin = draw(batch, head_dim // 2), draw(batch, head_dim // 2)
-        expected = decode.decode_step(q, f, k, v, cos, sin, expected_cache, lengths, 0.3)
-        out = decode_triton.decode_step(q, f, k, v, cos, sin, cache, lengths, 0.3)
+        expected = decode_step(q, f, k, v, cos, sin, expected_cache, lengths, 0.3, "torch")
+        out = decode_step(q, f, k, v, cos, sin, cache, lengths, 0.3, "triton")
         assert_close(out, expected, tolerance)
         for name in ("k", "v", "state"):
             actual, wanted = getattr(cache, name), getattr(expected_cache, name)
@@ -62,27 +62,25 @@ def assert_close(actual, expected, tolerance):
 
 
 def check_saturated_gates():
-    from rat_megatron.ops.decode.triton import decode_step
-
     for gate in (30.0, -30.0, torch.inf, -torch.inf):
-        caches = [DecodeCache.empty(HeadPattern(4), 1, 1, 16, 8, torch.float32) for _ in range(2)]
+        caches = [HeadCache(HeadPattern(4), torch.empty(1, 1, 1, 16), 8, "bounds") for _ in range(2)]
         x = torch.randn(3, 1, 1, 16, generator=torch.Generator().manual_seed(1))
         inputs = (x[0], torch.full_like(x[0], gate), x[1], x[2], torch.ones(1, 8), torch.zeros(1, 8))
         for lengths in (torch.tensor([3]), torch.tensor([4])):
-            out = decode_step(*inputs, caches[0], lengths, 0.3)
-            expected = decode.decode_step(*inputs, caches[1], lengths, 0.3)
+            out = decode_step(*inputs, caches[0], lengths, 0.3, "triton")
+            expected = decode_step(*inputs, caches[1], lengths, 0.3, "torch")
             assert torch.allclose(out, expected, rtol=1e-5, atol=0)
 
 
 def check_errors():
-    from rat_megatron.ops.decode.triton import decode_step
-
-    cache = DecodeCache.empty(HeadPattern(4), 1, 1, 16, 8, torch.float32)
+    cache = HeadCache(HeadPattern(4), torch.empty(1, 1, 1, 16), 8, "bounds")
+    strided = deepcopy(cache)
+    strided.k = torch.zeros(1, 1, 16, 2).mT
     x, tables, lengths = torch.zeros(1, 1, 16), torch.zeros(1, 8), torch.tensor([0])
     with pytest.raises(ValueError, match="contiguous cache"):
-        decode_step(x, x, x, x, tables, tables, replace(cache, k=torch.zeros(1, 1, 16, 2).mT), lengths, 1.0)
+        decode_step(x, x, x, x, tables, tables, strided, lengths, 1.0, "triton")
     with pytest.raises(ValueError, match="of unit stride"):
-        decode_step(torch.zeros(1, 1, 32)[..., ::2], x, x, x, tables, tables, cache, lengths, 1.0)
+        decode_step(torch.zeros(1, 1, 32)[..., ::2], x, x, x, tables, tables, cache, lengths, 1.0, "triton")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rat_megatron.ops import dilated_attention as module
 from rat_megatron.ops.dilated_attention import dilated_attention, kept_positions, segment_attention
+from rat_megatron.ops.dilated_attention import reference as reference_operator
 from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern, LayerPattern
 from tests import reference
@@ -22,8 +22,8 @@ HEADS, DIM = 4, 8
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Short sequences then run through many blocks of queries, as long ones do."""
-    monkeypatch.setattr(module, "_BLOCK", 16)
-    monkeypatch.setattr("rat_megatron.ops.topk_attention._QUERIES", 16)
+    monkeypatch.setattr(reference_operator, "_BLOCK", 16)
+    monkeypatch.setattr("rat_megatron.ratplus.attention_ratplus._QUERIES", 16)
 
 
 def layer(word: str) -> LayerPattern:
@@ -112,7 +112,7 @@ def test_query_heads_share_key_heads(word, groups):
     ("word", "implementation"), [("dense", None), ("d4w2s1", "kept"), ("d4w2s1", "masked"), ("d2k3+d", None), (MIXED[0], None)]
 )
 def test_gradients_by_finite_differences(word, implementation, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 4)
+    monkeypatch.setattr(reference_operator, "_BLOCK", 4)
     torch.autograd.gradcheck(attend(word, implementation=implementation), random_inputs(9), fast_mode=True)
 
 

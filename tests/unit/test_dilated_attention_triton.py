@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rat_megatron.ops import dilated_attention as reference
-from rat_megatron.ops.dilated_attention import folded as folded_attention
+from rat_megatron.ops.dilated_attention import folding
 from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern, LayerPattern
 
 SCALE, DIM = 0.3, 16
@@ -52,9 +52,9 @@ def test_agrees_with_the_torch_implementation():
 
 def test_folds_only_what_cudnn_can_serve():
     q = torch.empty(4096, 1, 1, 128, dtype=torch.bfloat16)
-    assert not folded_attention.can_fold(q, HeadPattern(16))  # on the CPU
-    assert folded_attention.skipped_rows(HeadPattern(16, window=32)) == 48
-    assert folded_attention.whole_rows(q[:100], HeadPattern(16)) == 96
+    assert not folding.can_fold(q, HeadPattern(16))  # on the CPU
+    assert folding.skipped_rows(HeadPattern(16, window=32)) == 48
+    assert folding.whole_rows(q[:100], HeadPattern(16)) == 96
 
 
 def random(length: int, heads: int, batch: int, dtype: torch.dtype, dim: int = DIM) -> torch.Tensor:
@@ -126,7 +126,7 @@ def check_turned(word: str, length: int, heads: int, groups: int, batch: int, di
     for out in outputs:
         assert out.dtype == dtype and (out.double() - exact).norm() <= tolerance * exact.norm()
     assert torch.equal(*outputs)
-    alone = rope_triton.turn(strided, cos, sin)  # what cuDNN is given
+    alone = rope_triton.apply_rope(strided, cos, sin)  # what cuDNN is given
     assert alone.is_contiguous() and (alone.double() - turned(q.double(), cos, sin)).norm() <= tolerance * q.double().norm()
 
 

@@ -8,7 +8,7 @@ from rat_megatron.ops.gated_scan import (
     gated_scan,
     scan_backward,
     scan_forward,
-    scan_of_projection,
+    scan_mixed_qkv,
     scan_summary,
     states_of_chunks,
 )
@@ -208,7 +208,7 @@ def test_both_passes_alone_are_those_of_autograd(length):
 @pytest.mark.parametrize(("size", "chunk"), [(1, 3), (2, 1), (2, 70), (4, 17)])
 def test_a_scan_over_several_ranks_is_that_of_one(size, chunk, monkeypatch):
     projection = torch.randn(2 * size * chunk, 2, 3, 2 * 10 + 3 * 5, dtype=torch.float64).requires_grad_()
-    expected = scan_of_projection(projection, 10)
+    expected = scan_mixed_qkv(projection, 10)
     weights = [torch.randn_like(x) for x in expected]
     actual = scan_in_turns(monkeypatch, projection, 10, weights, size)
     assert_close(actual, [*expected, *torch.autograd.grad(expected, projection, weights)], 1e-12)

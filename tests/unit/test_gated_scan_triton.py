@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from rat_megatron.ops import dispatch
 from rat_megatron.ops import gated_scan as definition
 from tests.ranks_in_turns import scan_in_turns
 
@@ -170,11 +171,11 @@ def test_a_scan_over_several_ranks_is_that_of_one(size, chunk, batch, groups, hn
     if outermost:
         projection = projection.transpose(0, 1).contiguous().transpose(0, 1)
     exact = projection.double().requires_grad_()
-    expected = definition.scan_of_projection(exact, query_width)
+    expected = definition.scan_mixed_qkv(exact, query_width)
     weights = [torch.randn(x.shape).to(dtype) for x in expected]
     gradient = torch.autograd.grad(expected, exact, [x.double() for x in weights])
     for fused in (True, False):
-        monkeypatch.setattr(definition, "triton_takes", lambda *tensors, fused=fused: fused)
+        monkeypatch.setattr(dispatch, "triton_takes", lambda *tensors, fused=fused: fused)
         actual = scan_in_turns(monkeypatch, projection, query_width, weights, size)
         assert all(x.dtype == dtype for x in actual)
         assert_close(actual, [*expected, *gradient], 5e-6 if dtype == torch.float32 else 5e-3)
@@ -193,8 +194,7 @@ def test_saturated_gates_stay_finite(logit):
 
 @in_interpreter
 def test_refuses_what_does_not_fit():
-    from rat_megatron.ops.gated_scan.triton import gated_scan
-
+    gated_scan = partial(definition.gated_scan, implementation="triton")
     f, k, v = (torch.randn(9, 1, 1, 2) for _ in range(3))
     with pytest.raises(ValueError, match="share one shape"):
         gated_scan(f[:8], k, v)
@@ -227,13 +227,13 @@ def test_scan_of_a_projection_is_that_of_its_slices(length, query_width, rope, d
     weights = [torch.randn_like(x) for x in expected]
     gradient = torch.autograd.grad(expected, projection, weights)
     tolerance = 5e-6 if dtype == torch.float32 else 5e-3
-    for function in (gated_scan_triton.scan_of_projection, partial(definition.scan_of_projection, implementation="torch")):
+    for function in (gated_scan_triton.scan_mixed_qkv, partial(definition.scan_mixed_qkv, implementation="torch")):
         used_up = projection.detach().clone().requires_grad_()
         outputs = function(used_up, query_width, *tables)
         assert_close(outputs, expected, tolerance)
         assert_close(torch.autograd.grad(outputs, used_up, weights), gradient, tolerance)
     with torch.no_grad():
-        assert_close(gated_scan_triton.scan_of_projection(projection.clone(), query_width, *tables), expected, tolerance)
+        assert_close(gated_scan_triton.scan_mixed_qkv(projection.clone(), query_width, *tables), expected, tolerance)
 
 
 @in_interpreter

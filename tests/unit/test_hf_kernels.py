@@ -5,7 +5,6 @@ import torch
 
 from rat_megatron.hf import kernels
 from rat_megatron.hf.kernels import can_attend, can_decode, can_scan
-from rat_megatron.ops import decode
 from rat_megatron.ratplus import attention_ratplus
 from tests.unit.test_hf_generate import pad, random_tokens, tiny_model
 
@@ -19,7 +18,6 @@ def lent(monkeypatch):
     for name in ("scan", "attention", "decode"):
         monkeypatch.setattr(kernels, name, _noted(getattr(kernels, name), name, calls))
     monkeypatch.setattr(kernels, "triton_takes", lambda *tensors: True)
-    monkeypatch.setattr("rat_megatron.ops.decode.triton.decode_step", decode.decode_step)
     return calls
 
 

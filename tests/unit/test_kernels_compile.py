@@ -74,7 +74,7 @@ def scans(dtype: torch.dtype) -> None:
     backward(*ops.gated_scan(f, k, v, torch.zeros(2, 1, 2, HN)))
     with torch.no_grad():
         ops.gated_scan(*(random(8192, 1, 1, HN, dtype=dtype) for _ in range(3)), None, *tables(8192))  # in groups
-    backward(*ops.scan_of_projection(random(64, 1, 2, 7 * HN, dtype=dtype), 2 * HN, *tables(64)))
+    backward(*ops.scan_mixed_qkv(random(64, 1, 2, 7 * HN, dtype=dtype), 2 * HN, *tables(64)))
     ops.scan_summary(f, k, v)
     ops.adjoint_summary(f, k, v)
     ops.states_of_chunks(torch.rand(2, 2, 2, HN), torch.rand(2, 2, 2, 2, HN), 1)
@@ -83,7 +83,7 @@ def scans(dtype: torch.dtype) -> None:
 def attention(word: str, length: int, monkeypatch) -> None:
     from rat_megatron.ops.dilated_attention import triton as ops
 
-    monkeypatch.setattr(ops, "_processors", lambda device: 132)
+    monkeypatch.setattr(ops, "processor_count", lambda device: 132)
     q, k, v = random(length, 1, 4, HN), random(length, 1, 2, HN), random(length, 1, 2, HN)
     head = HeadPattern.parse(word)
     backward(ops.dilated_attention(q, k, v, head, 0.1))
@@ -92,14 +92,14 @@ def attention(word: str, length: int, monkeypatch) -> None:
 
 
 def attention_after_cudnn(monkeypatch) -> None:
-    from rat_megatron.ops.dilated_attention import folded as folded_attention
+    from rat_megatron.ops.dilated_attention import folding
     from rat_megatron.ops.dilated_attention import triton as ops
 
     q, k, v, head = random(1088, 1, 4, HN), random(1088, 1, 2, HN), random(1088, 1, 2, HN), HeadPattern.parse("d64s4")
-    rows = folded_attention.whole_rows(q, head) - folded_attention.skipped_rows(head)
+    rows = folding.whole_rows(q, head) - folding.skipped_rows(head)
     past = torch.zeros(rows, 1, 4, HN, dtype=torch.bfloat16), torch.zeros(4, rows), ()
-    monkeypatch.setattr(folded_attention, "can_fold", lambda *args: True)
-    monkeypatch.setattr(folded_attention, "folded_forward", lambda *args: past)
+    monkeypatch.setattr(folding, "can_fold", lambda *args: True)
+    monkeypatch.setattr(folding, "folded_forward", lambda *args: past)
     with torch.no_grad():
         ops.dilated_attention(q, k, v, head, 0.1, implementation="folded")
 
@@ -112,11 +112,11 @@ def top_k(word: str) -> None:
 
 
 def decoding(word: str, splits: int, monkeypatch) -> None:
-    from rat_megatron.ops.decode import DecodeCache
     from rat_megatron.ops.decode import triton as decode_triton
+    from rat_megatron.ratplus.cache_ratplus import HeadCache
 
     monkeypatch.setattr(decode_triton, "_split_count", lambda *args: splits)
-    cache = DecodeCache.empty(HeadPattern.parse(word), 3, 2, HN, 512)
+    cache = HeadCache(HeadPattern.parse(word), torch.empty(3, 2, 1, HN, dtype=torch.bfloat16), 512, "bounds")
     q, f, k, v = (torch.randn(3, heads, HN).bfloat16() for heads in (4, 2, 2, 2))
     decode_triton.decode_step(q, f, k, v, *tables(3), cache, torch.full((3,), 7), 1 / math.sqrt(HN))
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from rat_megatron.ops.topk_attention import topk_attention as torch_topk_attention
+from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.ratplus.pattern import HeadPattern
 from tests.helpers import REPOSITORY
 
@@ -45,19 +45,19 @@ def check_equals_the_torch_implementation(word, length, heads, groups, tile, q_p
     inputs[0], grad_out = inputs[0][:, :, : len(q_at)], grad_out[:, :, : len(q_at)]
     head = HeadPattern.parse(word)
     # The choice of blocks in float64 and fp32 could differ only at a near tie, which these inputs do not have.
-    expected = values_and_gradients(torch_topk_attention, [x.double() for x in inputs], grad_out.double(), head, 0.25, q_at, k_at)
-    actual = values_and_gradients(topk_attention_triton.topk_attention, inputs, grad_out, head, 0.25, q_positions, k_positions)
+    expected = values_and_gradients(topk_attention, [x.double() for x in inputs], grad_out.double(), head, 0.25, q_at, k_at)
+    actual = values_and_gradients(topk_attention, inputs, grad_out, head, 0.25, q_positions, k_positions, "triton")
     for a, e in zip(actual, expected, strict=True):
         assert (a.double() - e).norm() <= 2e-6 * max(e.norm(), 1.0), (word, length, (a.double() - e).norm() / e.norm())
 
 
 def check_errors():
-    from rat_megatron.ops.topk_attention.triton import topk_attention
-
     with pytest.raises(ValueError, match="power of two"):
-        topk_attention(*(torch.zeros(1, 1, 4, 24) for _ in range(3)), HeadPattern.parse("d2k2"), 1.0)
+        topk_attention(*(torch.zeros(1, 1, 4, 24) for _ in range(3)), HeadPattern.parse("d2k2"), 1.0, implementation="triton")
     with pytest.raises(ValueError, match="cannot attend"):
-        topk_attention(torch.zeros(1, 3, 4, 16), *(torch.zeros(1, 2, 4, 16) for _ in range(2)), HeadPattern.parse("d2k2"), 1.0)
+        topk_attention(
+            torch.zeros(1, 3, 4, 16), *(torch.zeros(1, 2, 4, 16) for _ in range(2)), HeadPattern.parse("d2k2"), 1.0, implementation="triton"
+        )
 
 
 if __name__ == "__main__":

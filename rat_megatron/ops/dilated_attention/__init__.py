@@ -1,4 +1,4 @@
-"""Attention over the keys that a pattern keeps: a torch implementation on scaled_dot_product_attention, and the choice of kernels.
+"""Attention over the keys that a pattern keeps.
 
 Source: RAT+ (arXiv 2602.18196), dilated attention with local window and sinks, and its hybrids over heads.
 """
@@ -6,34 +6,33 @@ Source: RAT+ (arXiv 2602.18196), dilated attention with local window and sinks, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
+from rat_megatron.ops.dilated_attention import reference
+from rat_megatron.ops.dilated_attention.heads import attend_by_head
 from rat_megatron.ops.dispatch import triton_takes
-from rat_megatron.ops.rope import check_rope, turn
+from rat_megatron.ops.rope import apply_rope, check_rope
 from rat_megatron.ops.topk_attention import topk_attention
 from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
 
-# Consecutive queries that share one gathered set of keys: fewer waste less on masked keys, more make fewer calls. Measured.
-_BLOCK = 64
-
 
 def dilated_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
-    q_positions: torch.Tensor | None = None,
-    k_positions: torch.Tensor | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
     implementation: str | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-) -> torch.Tensor:
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
     """Softmax attention in which every query sees the keys that the pattern of its head keeps.
 
     q: [sq, b, np, hn]; k and v: [sk, b, ng, hn], k after RoPE; np is a multiple of ng and head h reads group h // (np // ng). q comes
     after RoPE too, or before it with cos and sin [sq, hn / 2], of the angle of each query and pair of channels (c, c + hn / 2): it is
-    then turned as turn() does, inside the kernel where one runs that can.
+    then turned as apply_rope() does, inside the kernel where one runs that can.
     Positions are int64 [sq] and [sk], 0, 1, ... when absent. They may be any subset in any order, as long as every query finds its
     own position among the keys (and a top-k pattern every position before it too). Returns [sq, b, np, hn] in the type of q. Softmax
     is fp32 (float64 for float64). Top-k patterns choose blocks as topk_attention says.
@@ -56,77 +55,33 @@ def dilated_attention(
         raise ValueError(f"implementation '{implementation}' needs queries and keys of the same tokens, without positions")
     fused = implementation == "triton" or (implementation is None and in_order and triton_takes(q, k, v))
 
-    def attend(head: HeadPattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(head: HeadPattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if fused and not head.is_dense and not head.blocks:
-            return _fused_attention(q, k, v, head, softmax_scale, cos, sin)
+            from rat_megatron.ops.dilated_attention import triton
+
+            return triton.dilated_attention(q, k, v, head, softmax_scale, cos=cos, sin=sin)
         if cos is not None:
-            q = turn(q, cos, sin)
-        if fused and head.blocks:
-            return _fused_topk(q, k, v, head, softmax_scale)
-        if in_order and not head.blocks and implementation != "masked":
-            if head.is_dense and implementation is None:
-                return _sdpa(q, k, v, softmax_scale, is_causal=True)
-            return _kept_attention(q, k, v, head, softmax_scale)
-        q_at = torch.arange(q.shape[2], device=q.device) if q_positions is None else q_positions
-        k_at = torch.arange(k.shape[2], device=k.device) if k_positions is None else k_positions
+            q = apply_rope(q, cos, sin)
         if head.blocks:
-            return topk_attention(q, k, v, head, softmax_scale, q_at, k_at)
-        return _sdpa(q, k, v, softmax_scale, attn_mask=head.mask(q_at[:, None], k_at))
+            of_blocks = "torch" if implementation in ("masked", "kept") else implementation
+            batch_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, heads, hn] -> [b, heads, s, hn]
+            return topk_attention(*batch_first, head, softmax_scale, q_positions, k_positions, of_blocks).permute(2, 0, 1, 3)
+        if in_order and head.is_dense and implementation is None:
+            return reference.causal_attention(q, k, v, softmax_scale)
+        if in_order and implementation != "masked":
+            kept_at = kept_positions(head, len(q))
+            kept_k, kept_v = (x[kept_at.to(x.device)] for x in (k, v))
+            return reference.segment_attention(q, k, v, kept_k, kept_v, kept_at, head, softmax_scale, start=0)
+        q_at = torch.arange(len(q), device=q.device) if q_positions is None else q_positions
+        k_at = torch.arange(len(k), device=k.device) if k_positions is None else k_positions
+        return reference.masked_attention(q, k, v, head, softmax_scale, q_at, k_at)
 
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, heads, hn] -> [b, heads, s, hn]
-    if pattern.is_uniform:
-        out = attend(pattern.heads[0], q, k, v)
-    else:
-        outputs, order = [], []
-        for head in dict.fromkeys(pattern.heads):
-            members = [h for h in range(heads) if pattern.heads[h] == head]
-            shared = [h // (heads // groups) for h in members]
-            outputs.append(attend(head, q[:, members], k[:, shared], v[:, shared]))
-            order += members
-        out = torch.cat(outputs, dim=1)[:, sorted(range(heads), key=order.__getitem__)]
-    return out.permute(2, 0, 1, 3)
-
-
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, **mask) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1], **mask)
-
-
-def _fused_topk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
-    from rat_megatron.ops.topk_attention.triton import topk_attention as topk_triton
-
-    return topk_triton(q, k, v, head, softmax_scale)
-
-
-def _fused_attention(q, k, v, head: HeadPattern, softmax_scale: float, cos, sin) -> torch.Tensor:
-    from rat_megatron.ops.dilated_attention.triton import dilated_attention as dilated_triton
-
-    q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # [b, heads, s, hn] -> [s, b, heads, hn]
-    return dilated_triton(q, k, v, head, softmax_scale, cos=cos, sin=sin).permute(1, 2, 0, 3)
-
-
-def _kept_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: HeadPattern, softmax_scale: float) -> torch.Tensor:
-    """Attention of a whole sequence without [s, s] scores or mask. q [b, np, s, hn], k and v [b, ng, s, hn]; returns [b, np, s, hn]."""
-    kept_at = kept_positions(head, q.shape[2])
-    kept_k, kept_v = (x[:, :, kept_at.to(x.device)] for x in (k, v))
-    return _attend_in_blocks(q, k, v, kept_k, kept_v, kept_at, head, softmax_scale, start=0)
-
-
-def kept_positions(head: HeadPattern, length: int) -> torch.Tensor:
-    """Positions [n], in order, that the pattern keeps of ``length`` tokens wherever the query is: dilated ones and sinks."""
-    return HeadPattern(head.dilation, sinks=head.sinks).kept_positions(length)
+    return attend_by_head(q, k, v, pattern, attend)
 
 
 def segment_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kept_k: torch.Tensor,
-    kept_v: torch.Tensor,
-    kept_at: torch.Tensor,
-    head: HeadPattern,
-    softmax_scale: float,
-    start: int,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, kept_k: Tensor, kept_v: Tensor, kept_at: Tensor, head: HeadPattern, softmax_scale: float, start: int
+) -> Tensor:
     """Attention of a stretch of a longer sequence, for one positional pattern: what context parallelism runs on each of its chunks.
 
     q: [s, b, np, hn], the tokens from position ``start`` on. k and v: [h + s, b, ng, hn], the same tokens and the h before them, with
@@ -134,37 +89,12 @@ def segment_attention(
     before the first of k. Returns [s, b, np, hn].
     """
     if triton_takes(q, k, v):
-        from rat_megatron.ops.dilated_attention.triton import segment_attention as segment_triton
+        from rat_megatron.ops.dilated_attention import triton
 
-        return segment_triton(q, k, v, kept_k, kept_v, head, softmax_scale, start)
-    q, k, v, kept_k, kept_v = (x.permute(1, 2, 0, 3) for x in (q, k, v, kept_k, kept_v))
-    return _attend_in_blocks(q, k, v, kept_k, kept_v, kept_at, head, softmax_scale, start).permute(2, 0, 1, 3)
-
-
-def _attend_in_blocks(q, k, v, kept_k, kept_v, kept_at, head: HeadPattern, softmax_scale: float, start: int) -> torch.Tensor:
-    """segment_attention with heads in front: q [b, np, s, hn], k and v [b, ng, h + s, hn], kept_k and kept_v [b, ng, n, hn].
-
-    Every block of queries runs one softmax over two sets of keys: the blocks that its window reaches, in full, and before them only
-    the dilated and sink keys. The exact mask over this short list of keys decides.
-    """
-    before = k.shape[2] - q.shape[2]
-    at = torch.arange(start - before, start + q.shape[2])
-    # Blocks come from one split, so that backward writes every gradient once, not a full-length one for every block.
-    sizes = _block_sizes(before)[::-1] + _block_sizes(q.shape[2])
-    blocks_k, blocks_v, blocks_at = k.split(sizes, dim=2), v.split(sizes, dim=2), at.split(sizes)
-    first = len(_block_sizes(before))  # the block of keys at which the queries begin
-    reach = -(-head.window // _BLOCK)
-
-    outputs = []
-    for i, q_block in enumerate(q.split(_BLOCK, dim=2), start=first):
-        local = slice(max(0, i - reach), i + 1)
-        old = int(torch.searchsorted(kept_at, int(blocks_at[local.start][0])))
-        keys = torch.cat([kept_k[:, :, :old], *blocks_k[local]], dim=2)
-        values = torch.cat([kept_v[:, :, :old], *blocks_v[local]], dim=2)
-        mask = head.mask(blocks_at[i][:, None], torch.cat([kept_at[:old], *blocks_at[local]]))
-        outputs.append(_sdpa(q_block, keys, values, softmax_scale, attn_mask=mask.to(q.device)))
-    return torch.cat(outputs, dim=2)
+        return triton.segment_attention(q, k, v, kept_k, kept_v, head, softmax_scale, start)
+    return reference.segment_attention(q, k, v, kept_k, kept_v, kept_at, head, softmax_scale, start)
 
 
-def _block_sizes(length: int) -> list[int]:
-    return [_BLOCK] * (length // _BLOCK) + [length % _BLOCK] * (length % _BLOCK > 0)
+def kept_positions(head: HeadPattern, length: int) -> Tensor:
+    """Positions [n], in order, that the pattern keeps of ``length`` tokens wherever the query is: dilated ones and sinks."""
+    return HeadPattern(head.dilation, sinks=head.sinks).kept_positions(length)

@@ -7,7 +7,6 @@ Source: RAT+ (arXiv 2602.18196), dilated attention with local window and sinks.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +14,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rat_megatron.ops.dilated_attention import folded as folded_attention
-from rat_megatron.ops.dilated_attention import kernels
-from rat_megatron.ops.rope import check_rope, turn
-from rat_megatron.ops.rope import triton as rope_triton
+from rat_megatron.ops.dilated_attention import folding, kernels
+from rat_megatron.ops.dispatch import processor_count
+from rat_megatron.ops.rope import apply_rope, check_rope
 from rat_megatron.ratplus.pattern import HeadPattern
 
 # Kept keys from which cuDNN on folded queries is faster than the kernels here. Measured on an H100, forward; half of it is a tie.
@@ -43,7 +41,7 @@ def dilated_attention(
     and head h reads group h // (np // ng). hn is a power of two from 16 to 256. Returns [s, b, np, hn], contiguous.
     ``implementation`` overrides how the dilated past is computed: "triton", or "folded" for cuDNN on folded queries, whose backward
     is not deterministic and therefore never the choice when gradients are wanted. cos and sin [s, hn / 2]: q comes before RoPE and is
-    turned by them, as rope.turn() does. Raises ValueError for inputs that do not fit.
+    turned by them, as apply_rope() does. Raises ValueError for inputs that do not fit.
     """
     _check(q, k, v, head, softmax_scale)
     check_rope(q, cos, sin)
@@ -51,15 +49,15 @@ def dilated_attention(
         raise ValueError(f"a whole sequence has as many queries as keys, not {q.shape[0]} and {k.shape[0]}")
     if implementation not in (None, "triton", "folded"):
         raise ValueError(f"implementation is None, 'triton' or 'folded', not {implementation!r}")
-    if implementation == "folded" and not folded_attention.can_fold(q, head):
+    if implementation == "folded" and not folding.can_fold(q, head):
         raise ValueError(f"attention pattern '{head}' on {q.shape[0]} tokens of {q.dtype} does not fit the folded implementation")
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     folded = implementation == "folded"
     if implementation is None and not learning:
-        folded = folded_attention.can_fold(q, head) and q.shape[0] >= _FOLD_FROM * head.dilation
+        folded = folding.can_fold(q, head) and q.shape[0] >= _FOLD_FROM * head.dilation
     tables = () if cos is None else (cos.contiguous(), sin.contiguous())
     if tables and (learning or folded):  # backward and cuDNN read the turned queries
-        q, tables = turn(q, cos[:, None, None], sin[:, None, None]) if learning else rope_triton.turn(q, *tables), ()
+        q, tables = apply_rope(q, *tables), ()
     return _DilatedAttention.apply(q, k, v, k.detach()[:0], v.detach()[:0], head, softmax_scale, 0, folded, tables)
 
 
@@ -100,7 +98,7 @@ class _DilatedAttention(torch.autograd.Function):
         q, k, v, kept_k, kept_v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, kept_k, kept_v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32, device=q.device)
-        past = folded_attention.folded_forward(q, k, v, head, softmax_scale) if folded else (None, None, ())
+        past = folding.folded_forward(q, k, v, head, softmax_scale) if folded else (None, None, ())
         if len(q) and out.numel():
             for part in _parts(q, k, v, kept_k, kept_v, head, start, folded):
                 _launch_forward(part, q, k, v, out, lse, tables, past[:2] if part.old_from else None, head, softmax_scale)
@@ -126,7 +124,7 @@ class _DilatedAttention(torch.autograd.Function):
 
         past = None
         if folded:
-            past = folded_attention.folded_backward(grad, q, out, lse, (*tensors, *sizes), head, softmax_scale)
+            past = folding.folded_backward(grad, q, out, lse, (*tensors, *sizes), head, softmax_scale)
         parts = _parts(q, k, v, kept_k, kept_v, head, start, folded)
         group = q.shape[2] // k.shape[2]
         own = [x[-len(q) :] for x in (dk, dv)]
@@ -167,11 +165,11 @@ class _Part:
 def _parts(q, k, v, kept_k, kept_v, head: HeadPattern, start: int, folded: bool) -> list[_Part]:
     """One part, or for folded queries two: whole chunks, which lack only the sinks, and the tail, which lacks everything."""
     base = start + q.shape[0] - k.shape[0]
-    whole = folded_attention.whole_rows(q, head) if folded else 0
+    whole = folding.whole_rows(q, head) if folded else 0
     parts = []
     if whole:
         sinks = slice(min(head.sinks, whole))
-        parts.append(_Part(slice(0, whole), start, base, k[sinks], v[sinks], 0, head.dilation, folded_attention.skipped_rows(head)))
+        parts.append(_Part(slice(0, whole), start, base, k[sinks], v[sinks], 0, head.dilation, folding.skipped_rows(head)))
     if whole < q.shape[0]:
         lists = _kept_list(k, kept_k, head, base), _kept_list(v, kept_v, head, base)
         parts.append(_Part(slice(whole, q.shape[0]), start + whole, base, *lists, head.dilation or 0))
@@ -236,7 +234,7 @@ def _launch_kept_grad(part: _Part, q, k, lse, grad, delta, dk, dv, dkept_k, dkep
         return
     tiles = _tiles("key_grad", q, head)
     key_tiles, query_tiles = triton.cdiv(entries, tiles["BN"]), triton.cdiv(len(q), tiles["BM"])
-    splits = max(1, min(query_tiles, _SPLIT_INTO * _processors(q.device) // (key_tiles * shared)))
+    splits = max(1, min(query_tiles, _SPLIT_INTO * processor_count(q.device) // (key_tiles * shared)))
     sums = torch.empty(2, splits, shared, entries, k.shape[3], dtype=torch.float32, device=q.device)
     kernels.dilated_attention_key_grad[shared, key_tiles, splits](
         q, part.kept_k, part.kept_v, lse, grad, delta, *sums, *_strides(q, part.kept_k, part.kept_v), *sums.stride()[1:4],
@@ -294,8 +292,3 @@ def _tiles(kernel: str, q: Tensor, head: HeadPattern, entries: int = 0) -> dict[
     if kernel == "forward":
         return {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
     return {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

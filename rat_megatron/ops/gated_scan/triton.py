@@ -1,4 +1,4 @@
-"""The RAT+ recurrence in one pass over memory, with RoPE on the keys when asked for: gated_scan.py's functions in Triton.
+"""The RAT+ recurrence in one pass over memory, with RoPE on the keys when asked for; functions as in the package's ``__init__``.
 
 A program owns a chunk of steps of one head, as WIDTH rows of consecutive steps. It reduces the chunk to what it does to the state, waits
 for the state that its predecessor publishes, publishes its own, and writes the outputs from what it read ("chained scan"). Where that
@@ -13,7 +13,6 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rat_megatron.ops.gated_scan import projection_widths
 from rat_megatron.ops.gated_scan.kernels import (
     gated_scan_backward,
     gated_scan_forward,
@@ -21,8 +20,8 @@ from rat_megatron.ops.gated_scan.kernels import (
     gated_scan_states,
     gated_scan_summary,
 )
-from rat_megatron.ops.rope import check_rope
-from rat_megatron.ops.rope.triton import turn
+from rat_megatron.ops.gated_scan.shapes import mixed_qkv_widths
+from rat_megatron.ops.rope.triton import apply_rope
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,59 +33,38 @@ _LONG, _FEW = 8192, 3072
 def gated_scan(
     f: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the recurrence over keys and values and, given cos and sin, turns the keys by RoPE afterwards.
-
-    f (gate logits), k and v: [s, b, ng, hn] in bf16, fp16 or fp32, s >= 1, any strides. initial_state: [2, b, ng, hn] (key part, value
-    part), zeros when absent. cos and sin: [s, hn / 2], of the angle of each step and pair of channels (c, c + hn / 2). Returns k~ and v~
-    [s, b, ng, hn] in the types of k and v and the final state [2, b, ng, hn] in fp32, before RoPE. Differentiable once in f, k, v and
-    initial_state, through all three outputs. Raises ValueError when shapes or types do not fit.
-    """
-    _check(f, k, v)
-    if initial_state is not None:
-        if initial_state.shape != (2, *k.shape[1:]):
-            raise ValueError(f"initial_state has shape {list(initial_state.shape)}, but k and v ask for {[2, *k.shape[1:]]}")
-        initial_state = initial_state.float().contiguous()
-    check_rope(k, cos, sin)
+    """f, k and v in bf16, fp16 or fp32, any strides; raises ValueError for other types."""
+    _check_types(f, k, v)
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
     if cos is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (f, k, v, initial_state))
     return _GatedScan.apply(_unit_stride(f), _unit_stride(k), _unit_stride(v), initial_state, cos, sin, training)
 
 
-def scan_of_projection(
-    projection: Tensor, query_width: int, cos: Tensor | None = None, sin: Tensor | None = None
+def scan_mixed_qkv(
+    mixed_qkv: Tensor, query_width: int, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """projection [s, b, ng, 2 * query_width + 3 * hn], of which every slice is what gated_scan() takes; else as in gated_scan.py.
-
-    Turned queries are a copy, so for the backward pass the states lie in their place in the projection: memory for nothing else.
-    """
-    widths = projection_widths(projection, query_width)
-    k = projection.split(widths, dim=-1)[2]
-    _check(k, k, k)
-    check_rope(k, cos, sin)
+    """Turned queries are a copy, so for the backward pass the states lie in their place in the projection: memory for nothing else."""
+    _check_types(mixed_qkv)
+    widths = mixed_qkv_widths(mixed_qkv, query_width)
     if cos is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-    training = torch.is_grad_enabled() and projection.requires_grad
-    return _ScanOfProjection.apply(_unit_stride(projection), widths, cos, sin, training)
+    training = torch.is_grad_enabled() and mixed_qkv.requires_grad
+    return _ScanMixedQkv.apply(_unit_stride(mixed_qkv), widths, cos, sin, training)
 
 
-@torch.no_grad()
 def scan_summary(f: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What a stretch of tokens does to the state, h_out = A * h_in + B: f, k, v [s, b, ng, hn] -> fp32 [3, b, ng, hn], A and B of k, v."""
-    _check(f, k, v)
+    _check_types(f, k, v)
     return _summarise(f, k, v, adjoint=False)
 
 
-@torch.no_grad()
 def adjoint_summary(f: Tensor, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-    """The gradient of the initial state from a stretch's own outputs: f, dk~, dv~ [s, b, ng, hn] -> fp32 [2, b, ng, hn]."""
-    _check(f, grad_k, grad_v)
+    _check_types(f, grad_k, grad_v)
     return _summarise(f, grad_k, grad_v, adjoint=True)[1:]
 
 
-@torch.no_grad()
 def states_of_chunks(decays: Tensor, ends: Tensor, rank: int, back: bool = False) -> Tensor:
-    """The states before a rank's two chunks: fp32 decays [c, 2, ..., hn] and ends [c, 2, 2, ..., hn] -> [2, 2, ..., hn]."""
     decays, ends = (x if x[0].is_contiguous() else x.contiguous() for x in (decays, ends))
     out = torch.empty(ends.shape[1:], dtype=torch.float32, device=ends.device)
     size = out[0, 0].numel()
@@ -96,27 +74,15 @@ def states_of_chunks(decays: Tensor, ends: Tensor, rank: int, back: bool = False
     return out
 
 
-@torch.no_grad()
 def scan_forward(f: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """gated_scan's forward pass alone: k~, v~ and, for scan_backward, the states within. The outputs' order in memory is that of k."""
-    _check(f, k, v)
+    _check_types(f, k, v)
     f, k, v = _unit_stride(f), _unit_stride(k), _unit_stride(v)
     keys, values, _, saved = _launch_forward(f, k, v, initial_state.float().contiguous(), None, None, training)
     return keys, values, saved
 
 
-@torch.no_grad()
-def scan_backward(
-    f: Tensor,
-    k: Tensor,
-    v: Tensor,
-    saved: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    grad_final: Tensor,
-    out: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """gated_scan's backward pass alone, into ``out``: gradients of f, k and v [s, b, ng, hn], with unit stride in hn."""
+def scan_backward(f, k, v, saved: Tensor, grad_k, grad_v, grad_final, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """``out`` has unit stride in hn."""
     f, k, v = _unit_stride(f), _unit_stride(k), _unit_stride(v)
     _launch_backward(f, k, v, saved, None, None, grad_k, grad_v, grad_final.float().contiguous(), *out)
 
@@ -139,13 +105,13 @@ class _GatedScan(torch.autograd.Function):
         return out_f, out_k, out_v, grad_initial if ctx.has_initial else None, None, None, None
 
 
-class _ScanOfProjection(torch.autograd.Function):
+class _ScanMixedQkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projection, widths, cos, sin, training):
         query, gate, k, v, f = projection.split(widths, dim=-1)
         room = None
         if cos is not None:
-            query, room = turn(query, cos, sin), _room_for_states(projection, k) if training else None
+            query, room = apply_rope(query, cos, sin), _room_for_states(projection, k) if training else None
         keys, values, final, saved = _launch_forward(f, k, v, None, cos, sin, training, room)
         ctx.save_for_backward(projection, saved if room is None else None, cos, sin)
         ctx.widths, ctx.state_shape = widths, final.shape
@@ -162,7 +128,7 @@ class _ScanOfProjection(torch.autograd.Function):
         if cos is None:
             out_query.copy_(grad_query)
         else:
-            turn(grad_query, cos, sin, out_query, back=True)
+            apply_rope(grad_query, cos, sin, out_query, back=True)
         out_gate.copy_(grad_gate)
         no_later = torch.zeros(ctx.state_shape, dtype=torch.float32, device=grad.device)
         _launch_backward(f, k, v, saved, cos, sin, grad_k, grad_v, no_later, out_f, out_k, out_v)
@@ -234,13 +200,9 @@ def _summarise(f: Tensor, k: Tensor, v: Tensor, adjoint: bool) -> Tensor:
     return out
 
 
-def _check(f: Tensor, k: Tensor, v: Tensor) -> None:
-    if not f.shape == k.shape == v.shape or f.dim() != 4 or f.shape[0] == 0:
-        raise ValueError(f"f, k and v must share one shape [s, b, ng, hn] with s >= 1, not {[list(x.shape) for x in (f, k, v)]}")
-    if any(x.dtype not in _TYPES for x in (f, k, v)):
-        raise ValueError(
-            f"f, k and v must be bf16, fp16 or fp32, not {[x.dtype for x in (f, k, v)]}; the torch implementation takes float64"
-        )
+def _check_types(*tensors: Tensor) -> None:
+    if any(x.dtype not in _TYPES for x in tensors):
+        raise ValueError(f"f, k and v must be bf16, fp16 or fp32, not {[x.dtype for x in tensors]}; the torch implementation takes float64")
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""Rotary position embedding of keys and queries in torch. rope_triton.py does it in one pass; other kernels turn what they hold."""
+"""Rotary position embedding of whole sequences (rotate-half). Other kernels turn what they hold anyway."""
 
 from __future__ import annotations
 
 import torch
 
+from rat_megatron.ops.dispatch import choose
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate-half RoPE of x [..., hn] by cos and sin that broadcast to [..., hn / 2]: in fp32 (float64), rounded once to the type of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat([(low * cos - high * sin).to(x.dtype), (high * cos + low * sin).to(x.dtype)], dim=-1)
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, implementation: str | None = None) -> torch.Tensor:
+    """x [s, b, groups, width], a group of width / hn heads, turned by cos and sin [s, hn / 2]: in fp32 (float64), rounded once.
+
+    ``implementation`` overrides the choice: "triton", one pass over memory, which has no gradient, or "torch", which has one.
+    """
+    if implementation is None and torch.is_grad_enabled() and x.requires_grad:
+        implementation = "torch"
+    return choose(__name__, implementation, x[..., : 2 * cos.shape[-1]]).apply_rope(x, cos, sin)
 
 
 def check_rope(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:

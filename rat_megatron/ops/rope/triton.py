@@ -1,21 +1,23 @@
-"""Rotary position embedding in one pass over memory: rope.py's turn() of whole heads, without gradients."""
+"""RoPE in one pass over memory, without gradients."""
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from rat_megatron.ops.rope.kernels import rope_turn
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, back: bool = False) -> Tensor:
-    """Rotate-half RoPE of x [s, b, groups, width], where a group has width / hn heads, by cos and sin [s, hn / 2], contiguous.
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, back: bool = False) -> Tensor:
+    """x [s, b, groups, width] by cos and sin [s, hn / 2], where a group has width / hn heads; fp32 inside, rounded once.
 
     ``back`` turns the other way, as gradients do. Writes to ``out``, of x's shape and any strides but the last, or to a new contiguous
-    tensor; returns it. fp32 inside, rounded once.
+    tensor; returns it.
     """
     x = x if x.stride(3) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    cos, sin = cos.contiguous(), sin.contiguous()
     length, batch, groups, width = x.shape
     half = cos.shape[1]
     heads = width // (2 * half)
@@ -25,27 +27,3 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, back: b
             HEADS=heads, HALF=half, LANES=triton.next_power_of_2(half), BACK=back, ROWS=32, num_warps=4,
         )  # fmt: skip
     return out
-
-
-@triton.jit(do_not_specialize=["length"])
-def rope_turn(
-    x, out, cos, sin, length, groups, x_s, x_b, x_g, o_s, o_b, o_g,
-    HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """ROWS tokens of one head."""
-    head = tl.program_id(0) % HEADS
-    group = tl.program_id(0) // HEADS % groups
-    batch = (tl.program_id(0) // HEADS // groups).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
-    lane = tl.arange(0, LANES)[None, :]
-    there = (row < length) & (lane < HALF)
-    x += batch * x_b + group.to(tl.int64) * x_g + row * x_s + head * 2 * HALF + lane
-    out += batch * o_b + group.to(tl.int64) * o_g + row * o_s + head * 2 * HALF + lane
-    c = tl.load(cos + row * HALF + lane, mask=there, other=0.0).to(tl.float32)
-    s = tl.load(sin + row * HALF + lane, mask=there, other=0.0).to(tl.float32)
-    if BACK:
-        s = -s
-    low = tl.load(x, mask=there, other=0.0).to(tl.float32)
-    high = tl.load(x + HALF, mask=there, other=0.0).to(tl.float32)
-    tl.store(out, (low * c - high * s).to(out.dtype.element_ty), mask=there)
-    tl.store(out + HALF, (high * c + low * s).to(out.dtype.element_ty), mask=there)
