@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
@@ -20,8 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from rat_megatron.model.core_attention import RATCoreAttention
-from rat_megatron.model.norm import RMSNorm
-from rat_megatron.model.rat_attention import RATSelfAttention
+from rat_megatron.model.rat_attention import RATSelfAttention, RotaryTables
 
 
 def get_rat_layer_spec(config: TransformerConfig) -> ModuleSpec:
@@ -38,9 +38,10 @@ def get_rat_layer_spec(config: TransformerConfig) -> ModuleSpec:
         submodules = replace(get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
         core_attention = RATCoreAttention
     attention = replace(submodules.self_attention.submodules, core_attention=core_attention, q_layernorm=None, k_layernorm=None)
+    recurrent = getattr(config, "rat_recurrence", True)
     self_attention = ModuleSpec(
-        module=RATSelfAttention if getattr(config, "rat_recurrence", True) else SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=RATSelfAttention if recurrent else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal} | ({"rotary_tables": RotaryTables()} if recurrent else {}),
         submodules=attention,
     )
     return ModuleSpec(module=TransformerLayer, submodules=replace(submodules, self_attention=self_attention))
@@ -52,3 +53,15 @@ def get_rat_block_spec(config: TransformerConfig, vp_stage: int | None = None) -
     layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
     norm = TENorm if transformer_config.transformer_impl == "transformer_engine" else RMSNorm
     return TransformerBlockSubmodules(layer_specs=[get_rat_layer_spec(transformer_config)] * layers, layer_norm=norm)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm over the last dimension, built as Megatron builds its norms.
+
+    Under sequence parallelism each tensor-parallel rank sees part of the sequence, so the weight carries the mark by which Megatron
+    sums its gradient over them; Megatron's own local norm refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel

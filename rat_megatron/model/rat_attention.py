@@ -18,6 +18,21 @@ from rat_megatron.ops.gated_scan import scan_mixed_qkv
 from rat_megatron.parallel.context_parallel import scan_mixed_qkv_context_parallel
 
 
+class RotaryTables:
+    """Cosines and sines of RoPE's angles, one for the layers of a pipeline stage, which are all given the same tensor of angles."""
+
+    def __init__(self):
+        self._angles: Tensor | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def of(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """angles [s, 1, 1, hn] -> two of [s, hn / 2]; computed anew where it is another tensor than the last."""
+        if self._tables is None or self._angles is not angles:
+            half = angles[:, 0, 0, : angles.shape[3] // 2]
+            self._angles, self._tables = angles, (half.cos(), half.sin())
+        return self._tables
+
+
 class RATSelfAttention(SelfAttention):
     """Self-attention over recurrent keys and values, with an output gate.
 
@@ -25,8 +40,6 @@ class RATSelfAttention(SelfAttention):
     ``[q | output gate | k | v | forget gate]``, so that tensor parallelism shards it, and checkpoints reshard it, as it stands. All of
     the recurrence is local to a rank's own heads.
     """
-
-    _tables: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None  # the last angles, their cosines and sines
 
     def __init__(
         self,
@@ -38,6 +51,7 @@ class RATSelfAttention(SelfAttention):
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int | None = None,
         name: str | None = None,
+        rotary_tables: RotaryTables | None = None,
     ):
         if not config.attention_output_gate:
             raise ValueError("RATSelfAttention needs attention_output_gate=True: RAT+ gates the output of its attention")
@@ -58,6 +72,7 @@ class RATSelfAttention(SelfAttention):
         )
         self.linear_qkv_out_dim += forget_gate_width
         self._angles: Tensor | None = None
+        self._rotary_tables = rotary_tables or RotaryTables()
 
     def forward(
         self,
@@ -101,11 +116,8 @@ class RATSelfAttention(SelfAttention):
         return query, key, value, gate
 
     def _cos_and_sin(self, length: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Of the angles that forward() left to the scan, [s, hn / 2] each: computed once, since all layers are given the same tensor."""
+        """Of the angles that forward() left to the scan, [s, hn / 2] each."""
         if self._angles is None:
             return None, None
-        if RATSelfAttention._tables[0] is not self._angles:
-            angles = self._angles[:, 0, 0, : self.hidden_size_per_attention_head // 2]
-            RATSelfAttention._tables = self._angles, angles.cos(), angles.sin()
-        _, cos, sin = RATSelfAttention._tables
+        cos, sin = self._rotary_tables.of(self._angles)
         return cos[:length], sin[:length]
