@@ -23,11 +23,12 @@ def check(monkeypatch):
     def run(*flags):
         from megatron.training.arguments import parse_args
 
-        from rat_megatron.training import arguments
+        from rat_megatron.training.arguments.checks import check_and_derive
+        from rat_megatron.training.arguments.flags import add_rat_args
 
         monkeypatch.setattr(sys, "argv", ["pretrain_rat.py", *map(str, flags)])
-        given = parse_args(arguments._add_rat_args)
-        return given, arguments._check_and_derive(given)
+        given = parse_args(add_rat_args)
+        return given, check_and_derive(given)
 
     return run
 
@@ -47,9 +48,9 @@ def test_adaptation_has_its_own_recipe(check, one_iteration, tiny_data, preset, 
         check("--rat-preset", preset, "--data-path", tiny_data, "--pretrained-checkpoint", one_iteration)
     from megatron.training.arguments import parse_args
 
-    from rat_megatron.training import arguments
+    from rat_megatron.training.arguments.flags import add_rat_args
 
-    given = parse_args(arguments._add_rat_args)
+    given = parse_args(add_rat_args)
     assert (given.lr, given.train_iters, given.global_batch_size, given.bf16) == (lr, steps, batch, True)
 
 
@@ -132,12 +133,12 @@ def check_fp8(monkeypatch):
     import torch
     from megatron.training.arguments import parse_args
 
-    from rat_megatron.training import arguments
     from rat_megatron.training.arguments import fp8
+    from rat_megatron.training.arguments.flags import add_rat_args
 
     def run(capability, *flags):
         monkeypatch.setattr(sys, "argv", ["pretrain_rat.py", *MODEL_FLAGS, *TRAIN_FLAGS, *map(str, flags)])
-        args = parse_args(arguments._add_rat_args)
+        args = parse_args(add_rat_args)
         args.transformer_impl = "local" if "--transformer-impl" in flags else "transformer_engine"
         with monkeypatch.context() as patch:
             patch.setattr(fp8, "HAVE_TE", True)
@@ -192,9 +193,9 @@ def test_fp8_attention_reaches_megatrons_configuration(check, tiny_data, monkeyp
     from megatron.training.arguments import validate_args
 
     from rat_megatron.model.config import RATTransformerConfig
-    from rat_megatron.training import arguments
+    from rat_megatron.training.arguments import checks
 
-    monkeypatch.setattr(arguments, "check_fp8", lambda args: None)  # this machine has none
+    monkeypatch.setattr(checks, "check_fp8", lambda args: None)  # this machine has none
     given, derived = check(*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data, "--fp8-multi-head-attention")
     vars(given).update(derived)
     validate_args(given)
@@ -241,9 +242,9 @@ def test_a_resumed_run_keeps_its_schedule_unless_asked(check, one_iteration, tin
 
 
 def test_cuda_graphs_leave_megatrons_checks_out(check, tiny_data, monkeypatch):
-    from rat_megatron.training import arguments
+    from rat_megatron.training.arguments import checks
 
-    monkeypatch.setattr(arguments, "_check_features", lambda args: None)  # which refuses them without a GPU
+    monkeypatch.setattr(checks, "_check_features", lambda args: None)  # which refuses them without a GPU
     good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data]
     graphs = check(*good, "--cuda-graph-impl", "full_iteration")[1]
     assert graphs["rerun_mode"] == "disabled" and graphs["check_for_nan_in_loss_and_grad"] is False

@@ -107,11 +107,12 @@ def start(monkeypatch, megatron_process, tiny_data):
     def run(*flags, data: Path = tiny_data):
         from megatron.training.arguments import parse_args
 
-        from rat_megatron.training import arguments
+        from rat_megatron.training.arguments.checks import check_and_derive
+        from rat_megatron.training.arguments.flags import add_rat_args
 
         words = ["pretrain_rat.py", *MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", "1", "--data-path", data, *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        return arguments._check_and_derive(parse_args(arguments._add_rat_args))
+        return check_and_derive(parse_args(add_rat_args))
 
     return run
 
@@ -134,11 +135,11 @@ def test_a_checkpoint_keeps_the_facts_and_resuming_compares_them(start, one_iter
 
 
 def test_a_checkpoint_without_the_facts_is_taken_and_said(start, one_iteration, monkeypatch, capsys):
-    from rat_megatron.training import arguments
+    from rat_megatron.training.arguments import resume
 
     old = read_checkpoint_args(one_iteration)
     del old.rat_data_order  # as before there were any
-    monkeypatch.setattr(arguments, "read_checkpoint_args", lambda *_: old)
+    monkeypatch.setattr(resume, "read_checkpoint_args", lambda *_: old)
     start("--save", one_iteration, "--seed", "99")
     assert "does not say which data it was trained on" in capsys.readouterr().out
 

@@ -328,10 +328,10 @@ def arguments_1_5b(monkeypatch):
     """Validated arguments of the 1.5B baseline, dense, without active recurrence learning."""
     from megatron.training.arguments import parse_args, validate_args
 
-    from rat_megatron.training.arguments import _add_rat_args
+    from rat_megatron.training.arguments import add_rat_args
 
     monkeypatch.setattr("sys.argv", ["pretrain_rat.py", "--rat-preset", "1.5b", "--no-rat-recurrence", "--rat-arl-pattern", "none"])
-    args = parse_args(_add_rat_args)
+    args = parse_args(add_rat_args)
     validate_args(args)
     args.padded_vocab_size = args.vocab_size
     return args

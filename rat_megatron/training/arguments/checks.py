@@ -1,0 +1,129 @@
+"""Checks of a whole command line against the model, the machine, the data and the checkpoint, before anything is started."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from rat_megatron.data.loader.order import order_facts
+from rat_megatron.data.loader.streams import check_streams, parse_data_path
+from rat_megatron.errors import UserError
+from rat_megatron.ratplus.pattern import AttentionPattern
+from rat_megatron.training.arguments import presets
+from rat_megatron.training.arguments.flags import given
+from rat_megatron.training.arguments.fp8 import check_fp8
+from rat_megatron.training.arguments.layout import check_dilations, check_layout, check_ranks
+from rat_megatron.training.arguments.resume import check_checkpoints
+
+
+def check_and_derive(args: Namespace) -> dict[str, Any]:
+    """Raises UserError or PatternError for the first thing that is wrong; returns the defaults that follow from the rest."""
+    _check_complete(args)
+    _check_features(args)
+    check_layout(args)
+    check_fp8(args)
+    derived = _check_patterns(args) | _check_data(args)
+    check_ranks(args)
+    derived |= {
+        "rat_data_order": _data_order(args),
+        "load": args.load or args.save,
+        "max_position_embeddings": args.max_position_embeddings or args.seq_length,
+        "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
+    }
+    if args.cuda_graph_impl == "full_iteration":  # Megatron insists; suspicious.py looks for NaN after every iteration
+        derived["check_for_nan_in_loss_and_grad"] = False
+        if args.rerun_mode == "validate_results":  # it would validate nothing, and wait for the device before every optimizer step
+            derived["rerun_mode"] = "disabled"
+    check_checkpoints(args, derived)
+    return derived
+
+
+def _check_complete(args: Namespace) -> None:
+    for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"):
+        if getattr(args, flag) is None and not (flag == "train_iters" and args.train_samples):
+            raise UserError(f"--{flag.replace('_', '-')} is missing: give it, or a --rat-preset ({', '.join(presets.PRETRAIN)})")
+    decay_iters = args.lr_decay_iters or args.train_iters
+    if decay_iters and args.lr_warmup_iters >= decay_iters:
+        raise UserError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below the {decay_iters} iterations of the decay")
+
+
+def _check_features(args: Namespace) -> None:
+    cuda = torch.cuda.is_available()
+    if args.transformer_impl == "transformer_engine" and not (cuda and HAVE_TE):
+        raise UserError("--transformer-impl transformer_engine needs a GPU with Transformer Engine: use --transformer-impl local here")
+    refused = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--num-experts": args.num_experts,
+        "--mtp-num-layers": args.mtp_num_layers,
+        "--swiglu": args.swiglu,
+        "--window-size": args.window_size,
+    }
+    for flag, value in refused.items():
+        if value:
+            raise UserError(f"{flag} is not part of a RAT+ layer: leave it out")
+    if args.cuda_graph_impl in ("local", "transformer_engine"):
+        raise UserError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} would train one attention pattern where active recurrence learning and validation "
+            "have several: use --cuda-graph-impl full_iteration"
+        )
+    if args.cuda_graph_impl != "none" and not cuda:
+        raise UserError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out on this machine")
+    if args.tp_comm_overlap and not (args.sequence_parallel and args.tensor_model_parallel_size > 1):
+        raise UserError("--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size above 1: give both, or leave it out")
+    if args.tp_comm_overlap and args.transformer_impl == "local":
+        raise UserError("--tp-comm-overlap overlaps inside Transformer Engine's layers, which this run does not have: leave it out")
+    if args.rampup_batch_size or args.step_batch_size_schedule:
+        raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
+    if args.dataloader_type != "external" or args.mock_data:
+        raise UserError("RAT+ reads MDS streams: give --data-path and leave out --dataloader-type and --mock-data")
+
+
+def _check_patterns(args: Namespace) -> dict[str, Any]:
+    """Every pattern fits the model; words are brought to their shortest form."""
+    arl = args.rat_arl_pattern or ("none" if args.pretrained_checkpoint else "d64")
+
+    def shortest(word: str) -> str:
+        pattern = AttentionPattern.parse(word)
+        pattern.check(args.num_layers, args.num_attention_heads)
+        return str(pattern)
+
+    target = shortest(args.rat_pattern)
+    check_dilations(args, [target, *([] if arl == "none" else [arl]), *(args.rat_eval_patterns or [])])
+    return {
+        "rat_pattern": target,
+        "rat_arl_pattern": arl if arl == "none" else shortest(arl),
+        "rat_eval_patterns": [shortest(word) for word in args.rat_eval_patterns or [target]],
+    }
+
+
+def _check_data(args: Namespace) -> dict[str, Any]:
+    """The streams are whole and fit the model; vocabulary, EOD and tokenizer follow from them."""
+    if not args.data_path:
+        raise UserError("--data-path is missing: give one or more folders written by 'rat-megatron prepare', with weights if wanted")
+    vocab_size = args.vocab_size if given("--vocab-size") else None
+    meta = check_streams(
+        parse_data_path(args.data_path),
+        seq_length=args.seq_length,
+        vocab_size=vocab_size,
+        cache=args.data_cache_path,
+        cache_limit=args.rat_data_cache_limit,
+    )
+    if not meta.has_validation and args.eval_iters:
+        raise UserError("the data of --data-path has no validation split: give --eval-iters 0, or prepare it with --val-fraction")
+    return {
+        "vocab_size": vocab_size or meta.vocab_size,
+        "rat_eod_id": meta.eod_id,
+        "rat_tokenizer_path": meta.tokenizer_path,
+        "rat_tokenizer_name": meta.tokenizer_name,
+        "rat_tokenizer_hash": meta.tokenizer_hash,
+    }
+
+
+def _data_order(args: Namespace) -> dict[str, Any]:
+    """What fixes the order of the training samples; Megatron stores it with every checkpoint, as part of its arguments."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    batch = args.global_batch_size or args.micro_batch_size * (args.world_size // model)
+    return order_facts(parse_data_path(args.data_path), seed=args.seed, global_batch_size=batch, cache=args.data_cache_path)

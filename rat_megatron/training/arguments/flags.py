@@ -1,0 +1,120 @@
+"""The ``--rat-*`` flags, presets, and the defaults of Megatron's flags that the model, the checkpoints and this machine ask for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from rat_megatron.errors import UserError
+from rat_megatron.training.arguments import presets
+from rat_megatron.training.arguments.fp8 import add_fp8_args
+
+_INTERVALS: dict[str, Any] = {"eval_interval": 1000, "save_interval": 1000}  # Megatron has none, and fails without
+_CHECKPOINTING: dict[str, Any] = {
+    "ckpt_format": "torch_dist",
+    "dist_ckpt_optim_fully_reshardable": True,  # Megatron's own default cannot resume the optimizer at another TP or PP
+    "dist_ckpt_strictness": "log_unexpected",  # of what a checkpoint lacks; megatron_hooks.py lets it be FP8's state alone
+}
+_DATA: dict[str, Any] = {
+    "dataloader_type": "external",
+    "tokenizer_type": "NullTokenizer",  # the data are tokens already
+    "split": "1",  # unused: a stream carries its own validation split
+}
+
+
+def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    group = parser.add_argument_group(title="rat")
+    group.add_argument("--rat-pattern", default="dense", help="Attention pattern to train: dense, d16, d16w256s4, [dense,d64]*12, ...")
+    group.add_argument(
+        "--rat-arl-pattern",
+        help="Pattern of the sparse step of active recurrence learning, or 'none'. Default: d64, and none with --pretrained-checkpoint.",
+    )
+    group.add_argument(
+        "--no-rat-recurrence", action="store_false", dest="rat_recurrence", help="Train the plain-attention baseline: no recurrence."
+    )
+    group.add_argument("--rat-eval-patterns", nargs="+", help="Patterns whose validation loss is reported. Default: --rat-pattern.")
+    group.add_argument(
+        "--rat-data-cache-limit",
+        type=_size,
+        help="Size that shards of remote streams may take in --data-cache-path on each node: 500gb, 2tb, ... Default: all of them stay.",
+    )
+    group.add_argument(
+        "--rat-allow-data-change",
+        action="store_true",
+        help="Resume also where --data-path, --seed or the blend give other samples than the checkpoint's run had before it.",
+    )
+    group.add_argument("--rat-preset", choices=list(presets.PRETRAIN), help="Fills every flag that is not given with the paper's recipe.")
+    group.add_argument(
+        "--rat-hang-timeout-in-mins",
+        type=float,
+        help="Without progress for so long, every rank shows its stack and the run ends. Default: it waits.",
+    )
+    add_fp8_args(group)
+
+    parser.error = _refuse
+    parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
+    if preset := given("--rat-preset"):
+        recipe = dict((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))
+        if given("--lr-warmup-iters"):  # Megatron takes one of the two
+            recipe.pop("lr_warmup_fraction", None)
+        parser.set_defaults(**recipe)
+    parser.set_defaults(**(derived or {}))
+    _let_help_print(parser)
+    return parser
+
+
+def _let_help_print(parser: argparse.ArgumentParser) -> None:
+    """Some help of Megatron's has a plain percent sign, on which argparse stumbles: --help would end in a traceback."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (TypeError, ValueError, KeyError):
+            action.help = action.help.replace("%", "%%")
+
+
+def _size(word: str) -> int:
+    """A number of bytes with its unit."""
+    from streaming.base.util import bytes_to_int  # here because it takes seconds, and --help should not
+
+    try:
+        return bytes_to_int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{word}' is no size: write 500gb, 2tb, ...") from None
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def given(flag: str) -> str | None:
+    """The value of a flag as typed, before parsing; the last one counts, as everywhere. None when it was not."""
+    value = None
+    for index, word in enumerate(sys.argv[1:], start=1):
+        if word == flag and index + 1 < len(sys.argv):
+            value = sys.argv[index + 1]
+        if word.startswith(flag + "="):
+            value = word.split("=", 1)[1]
+    return value
+
+
+def _platform_defaults() -> dict[str, Any]:
+    """What this machine can do: Transformer Engine on a GPU that has it, Megatron's local layers elsewhere."""
+    cuda = torch.cuda.is_available()
+    apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    defaults: dict[str, Any] = {"gradient_accumulation_fusion": cuda and (HAVE_TE or apex)}
+    if not (cuda and HAVE_TE):
+        defaults |= {
+            "transformer_impl": "local",
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+            "no_persist_layer_norm": True,
+        }
+    if not cuda:
+        defaults |= {"distributed_backend": "gloo", "bias_dropout_fusion": False}
+    return defaults

@@ -1,0 +1,97 @@
+"""Whether a run can start from the checkpoint it names: the same architecture, and to resume also the same schedule and data."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, read_checkpoint_args
+from rat_megatron.data.loader.order import order_difference
+from rat_megatron.errors import UserError
+from rat_megatron.training.arguments.layout import query_groups
+
+
+def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
+    """Raises UserError unless the checkpoint that the run starts from is there and fits; ``derived`` are defaults that args lack."""
+    if args.load and args.load != args.save and not _has_checkpoint(args.load):
+        raise UserError(f"--load {args.load} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+    if args.pretrained_checkpoint and not _has_checkpoint(args.pretrained_checkpoint):
+        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+    resumed = derived["load"] if derived["load"] and _has_checkpoint(derived["load"]) else None
+    source = resumed or args.pretrained_checkpoint
+    if source is None:
+        return
+    stored = read_checkpoint_args(Path(source), args.ckpt_step if resumed else None)
+    there, here = _architecture(stored), _architecture(Namespace(**vars(args) | derived))
+    for name, value in here.items():
+        if there[name] != value:
+            raise UserError(
+                f"the checkpoint in {source} has {name} {there[name]}, this run asks for {value}: "
+                "give the flags of the checkpoint, or another folder"
+            )
+    if resumed and not args.finetune and not args.skip_train:
+        _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
+        if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+            _check_schedule(_schedule(stored), _schedule(args), source)
+
+
+def _check_schedule(there: dict[str, Any], here: dict[str, Any], source: str) -> None:
+    """Megatron insists on the checkpoint's schedule of learning rate and weight decay, but only while it loads."""
+    for name, value in here.items():
+        if value is not None and there.get(name) not in (None, value):
+            raise UserError(
+                f"the checkpoint in {source} was trained with {name} {there[name]}, this run asks for {value}: give the checkpoint's, or "
+                "--override-opt-param-scheduler for the schedule of this run, or --use-checkpoint-opt-param-scheduler for the checkpoint's"
+            )
+
+
+def _schedule(args: Namespace) -> dict[str, Any]:
+    """What fixes the learning rate and weight decay of every iteration; None where Megatron will fill it in."""
+    plain = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_samples", "lr_decay_samples", "train_samples")
+    plain += ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
+    schedule = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in plain}
+    batch, iterations = getattr(args, "global_batch_size", None), getattr(args, "train_iters", None)
+    if batch and iterations and not args.train_samples:
+        decay = batch * (args.lr_decay_iters or iterations)
+        warmup = batch * args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay
+        schedule |= {"--train-iters times --global-batch-size": batch * iterations}
+        schedule |= {"--lr-decay-iters times --global-batch-size": decay, "a warmup in samples of": warmup}
+    return schedule
+
+
+def _check_data_order(stored: Namespace, here: dict[str, Any], source: str, allowed: bool) -> None:
+    """A run that resumes goes on with the next sample: same data, blend and seed, unless --rat-allow-data-change."""
+    there = getattr(stored, "rat_data_order", None)
+    if there is None:
+        _say(f"the checkpoint in {source} does not say which data it was trained on: whether these are the same is not checked")
+        return
+    consumed = getattr(stored, "consumed_train_samples", 0)
+    difference = order_difference(there, here, consumed)
+    if difference and not allowed:
+        raise UserError(
+            f"the checkpoint in {source} was trained on samples in another order ({difference}): give its data, seed and blend, "
+            "or --rat-allow-data-change to go on with these"
+        )
+    if difference:
+        _say(f"--rat-allow-data-change: after {consumed} samples the data are others than in the checkpoint in {source} ({difference})")
+
+
+def _say(line: str) -> None:
+    """One line in the log, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"rat-megatron: {line}", flush=True)
+
+
+def _architecture(args: Namespace) -> dict[str, Any]:
+    """What must be the same for a checkpoint's weights to fit; widths that were not given are those that Megatron will fill in."""
+    return {name: getattr(args, name, None) for name in ARCHITECTURE} | {
+        "kv_channels": args.kv_channels or args.hidden_size // args.num_attention_heads,
+        "ffn_hidden_size": args.ffn_hidden_size or 4 * args.hidden_size,
+        "num_query_groups": query_groups(args),
+    }
+
+
+def _has_checkpoint(folder: str) -> bool:
+    return (Path(folder) / "latest_checkpointed_iteration.txt").is_file()
