@@ -296,11 +296,10 @@ def _line(name: str, figures: dict[str, Any]) -> str:
 
 
 def _set_up() -> None:
-    from rat_megatron.platform.cpu import patch_megatron_for_cpu, use_cpu_if_no_cuda
+    from rat_megatron.platform.cpu import use_cpu_if_no_cuda
 
     os.environ["LAYOUTS_RANK"] = os.environ["RANK"]
     if use_cpu_if_no_cuda():
-        patch_megatron_for_cpu()
         keep_threads_few()
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -310,9 +309,9 @@ def _set_up() -> None:
 def _join() -> None:
     """Forms the group of both ranks, again if need be: what an earlier one left in torchrun's store is kept apart by a prefix."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    _join.times = getattr(_join, "times", 0) + 1
-    store = dist.PrefixStore(f"layouts{_join.times}", store)
-    _begin(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    rank = int(os.environ["RANK"])
+    times = store.add(f"joined/{rank}", 1)
+    _begin(dist.PrefixStore(f"layouts{times}", store), rank, int(os.environ["WORLD_SIZE"]))
 
 
 def _begin(store: dist.Store, rank: int, size: int) -> None:

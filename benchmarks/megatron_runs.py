@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.timing import free_memory
+from rat_megatron.training.patches import Patch, applied
 
 TINY_MODEL = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --make-vocab-size-divisible-by 1 --lr 1e-3 "
@@ -51,44 +53,50 @@ def run(flags: list[str], on_iteration: Callable[[int], None] = lambda count: No
     free_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with _printing_to(log), megatron_restored(), command_line(flags):
+    with _printing_to(log), run_program(flags) as main:
         from megatron.training import training
 
-        import pretrain_rat
-
-        _observe(training, result, on_iteration)
-        pretrain_rat.main()
+        with applied(_observers(training, result, on_iteration)):
+            main()
         result.peak_bytes = torch.cuda.max_memory_allocated()
     free_memory()
     return result
 
 
-def _observe(training, result: Run, on_iteration: Callable[[int], None]) -> None:
-    log, setup = training.training_log, training.setup_model_and_optimizer
+def _observers(training: Any, result: Run, on_iteration: Callable[[int], None]) -> list[Patch]:
     last = 0.0
 
-    def setup_noted(*args, **kwargs):
-        model, *rest = setup(*args, **kwargs)
-        result.parameters = sum(p.numel() for chunk in model for p in chunk.parameters())
-        nonlocal last
-        last = time.perf_counter()
-        return model, *rest
+    def noting_setup(setup: Callable) -> Callable:
+        def setup_noted(*args, **kwargs):
+            model, *rest = setup(*args, **kwargs)
+            result.parameters = sum(p.numel() for chunk in model for p in chunk.parameters())
+            nonlocal last
+            last = time.perf_counter()
+            return model, *rest
 
-    def log_noted(losses, *args, **kwargs):
-        nonlocal last
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        result.seconds.append(now - last)
-        result.losses.append({name: float(value) for name, value in losses.items()})
-        options = training.get_args()
-        result.flops = training.num_floating_point_operations(options, options.global_batch_size)
-        report = log(losses, *args, **kwargs)
-        on_iteration(len(result.seconds))
-        last = time.perf_counter()
-        return report
+        return setup_noted
 
-    training.setup_model_and_optimizer, training.training_log = setup_noted, log_noted
+    def noting_log(log: Callable) -> Callable:
+        def log_noted(losses, *args, **kwargs):
+            nonlocal last
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            result.seconds.append(now - last)
+            result.losses.append({name: float(value) for name, value in losses.items()})
+            options = training.get_args()
+            result.flops = training.num_floating_point_operations(options, options.global_batch_size)
+            report = log(losses, *args, **kwargs)
+            on_iteration(len(result.seconds))
+            last = time.perf_counter()
+            return report
+
+        return log_noted
+
+    return [
+        Patch(training, "setup_model_and_optimizer", noting_setup, "The number of parameters, and the time from which the first counts."),
+        Patch(training, "training_log", noting_log, "What every iteration took, and its losses."),
+    ]
 
 
 @contextmanager
@@ -116,47 +124,28 @@ def _printing_to(log: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def command_line(flags: list[str]) -> Iterator[None]:
-    """For a while the program's arguments are these."""
-    before = sys.argv
-    sys.argv = ["pretrain_rat.py", *flags]
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-@contextmanager
-def megatron_restored() -> Iterator[None]:
-    """Takes back what a run leaves: our hooks, CUDA graphs, Megatron's globals and groups, Transformer Engine's FP8 state and buffers."""
+def run_program(flags: list[str]) -> Iterator[Callable[[], None]]:
+    """The program's main() for these flags. What a run leaves in Megatron and Transformer Engine, beside the patches, which it takes back
+    itself, is taken back at the end: globals, groups, FP8 state and buffers."""
     from rat_megatron.platform.cpu import use_cpu_if_no_cuda
 
     use_cpu_if_no_cuda()
     from megatron.core import full_cuda_graph
-    from megatron.core.dist_checkpointing import validation
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-    from megatron.core.models.common.language_module import language_module
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.tensor_parallel import layers, random
-    from megatron.training import checkpointing, initialize, training
+    from megatron.core.tensor_parallel import random
+    from megatron.training import training
 
-    from rat_megatron.training.loop.cuda_graphs import forget_cuda_graphs
+    from rat_megatron.pretrain import main
 
-    load_state_dict = GPTModel.load_state_dict  # inherited
-    places = (checkpointing, full_cuda_graph, initialize, language_module, layers, random, training, validation)
-    before = [(place, dict(vars(place))) for place in (*places, TorchDistLoadShardedStrategy, DistributedOptimizer)]
-    timestamps = dict(training._STARTUP_TIMESTAMPS)
+    arguments, timestamps = sys.argv, dict(training._STARTUP_TIMESTAMPS)
+    places = [(place, dict(vars(place))) for place in (full_cuda_graph, random, training)]  # their globals
+    sys.argv = ["pretrain_rat.py", *flags]
     try:
-        yield
+        yield main
     finally:
-        forget_cuda_graphs()
+        sys.argv = arguments
         training.destroy_global_state()
-        for place, names in before:
-            for name, value in names.items():
-                if vars(place).get(name) is not value:
-                    setattr(place, name, value)
-        GPTModel.load_state_dict = load_state_dict
+        for place, names in places:
+            vars(place).update(names)
         training._STARTUP_TIMESTAMPS.clear()
         training._STARTUP_TIMESTAMPS.update(timestamps)  # ranks that have run before would reduce theirs, and wait for the others
         if "transformer_engine.pytorch" in sys.modules:

@@ -35,18 +35,18 @@ def arl_run(tmp_path_factory, tiny_data, one_iteration) -> Path:
 @pytest.fixture(scope="module")
 def megatron_process():
     """Megatron's parallel state for one rank in this process, on the CPU where there is no GPU; gone when the module's tests are done."""
-    from rat_megatron.platform.cpu import patch_megatron_for_cpu, use_cpu_if_no_cuda
+    from rat_megatron.platform.cpu import cpu_patches, use_cpu_if_no_cuda
+    from rat_megatron.training.patches import applied
 
     on_cpu = use_cpu_if_no_cuda()
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if on_cpu:
-        patch_megatron_for_cpu()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    with applied(cpu_patches() if on_cpu else []):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        yield
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

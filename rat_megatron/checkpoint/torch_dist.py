@@ -35,6 +35,7 @@ ARCHITECTURE = (
     "rat_recurrence",
 )
 
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
 _DCP = "torch.distributed.checkpoint."
 _METADATA_CLASSES = {
     ("torch", "Size"),
@@ -68,11 +69,11 @@ def find_iteration(checkpoint: Path, step: int | None = None) -> Path:
     """The folder ``iter_0000020`` of one step of a checkpoint (default: the latest), or the given folder if it is one already."""
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is not a folder: give the folder that Megatron's --save wrote")
-    tracker = checkpoint / "latest_checkpointed_iteration.txt"
+    tracker = checkpoint / TRACKER_NAME
     if step is None and (checkpoint / ".metadata").exists():
         return checkpoint
     if step is None and not tracker.is_file():
-        raise UserError(f"{checkpoint} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+        raise UserError(f"{checkpoint} holds no checkpoint (no {TRACKER_NAME})")
     latest = tracker.read_text().strip() if step is None else str(step)
     if not re.fullmatch(r"\d+|release", latest):
         raise UserError(f"{tracker} says '{latest}', which is neither an iteration nor 'release'")

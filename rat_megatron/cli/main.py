@@ -9,8 +9,8 @@ from rat_megatron.cli.doctor import doctor
 from rat_megatron.cli.evaluate import evaluate
 from rat_megatron.cli.generate import generate
 from rat_megatron.cli.prepare import prepare
-from rat_megatron.cli.report import report
 from rat_megatron.errors import exit_2_on_bad_input
+from rat_megatron.training.monitoring.comparison import compare_runs
 
 app = typer.Typer(
     help="Prepare data for RAT+ language models, convert and evaluate their checkpoints; training is pretrain_rat.py.",
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 app.command(epilog="Example: rat-megatron prepare hf://HuggingFaceFW/fineweb --subset sample-10BT --output data --tokenizer gpt2")(prepare)
 app.add_typer(convert_app, name="convert")
-app.command(epilog="Example: rat-megatron report out --pretrained ckpt/base --adapted ckpt/d16 --adapted ckpt/d64")(report)
+app.command("report", epilog="Example: rat-megatron report out --pretrained ckpt/base --adapted ckpt/d16 --adapted ckpt/d64")(compare_runs)
 app.command(
     epilog="Example: rat-megatron evaluate exported/rat-1.5b --pattern dense --pattern d16 --data data --task piqa --output scores"
 )(evaluate)

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from rat_megatron.training.patches import Patch
+
 
 def use_cpu_if_no_cuda() -> bool:
     """Turns the CPU platform on unless CUDA is present; call before Megatron is imported. Returns whether it is on."""
@@ -42,21 +44,25 @@ def use_cpu_if_no_cuda() -> bool:
     return True
 
 
-def patch_megatron_for_cpu(async_save: bool = False) -> None:
-    """Lifts the few places where Megatron insists on CUDA; call after use_cpu_if_no_cuda() returned True."""
+def cpu_patches(async_save: bool = False) -> list[Patch]:
+    """The few places where Megatron insists on CUDA; call after use_cpu_if_no_cuda() returned True."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.training.training as megatron_training
+    import megatron.training.training as training
 
-    # initialize_megatron asserts torch.cuda.is_available() unless told otherwise.
-    megatron_training.initialize_megatron = functools.partial(megatron_training.initialize_megatron, allow_no_cuda=True)
-    # torch queues these calls until CUDA comes up, which is never.
-    megatron_random._lazy_call = lambda call: call()
-    megatron_random._lazy_init = lambda: None
+    without_cuda = functools.partial(functools.partial, allow_no_cuda=True)
+    patches = [
+        Patch(training, "initialize_megatron", without_cuda, "It asserts torch.cuda.is_available() unless told otherwise."),
+        Patch(megatron_random, "_lazy_call", lambda _: lambda call: call(), "torch would queue these calls until CUDA comes up."),
+        Patch(megatron_random, "_lazy_init", lambda _: lambda: None, "The same."),
+    ]
     if not async_save:
-        # Writers report through a process of their own, spawned to keep clear of CUDA: it imports the whole program anew, and outlives
-        # a killed run. Without CUDA, and without writing in the background, a queue in this process does.
-        filesystem_async._results_queue = queue.Queue()
+        why = (
+            "Writers report through a process of their own, spawned to keep clear of CUDA: it imports the whole program anew, and outlives "
+            "a killed run. Without CUDA, and without writing in the background, a queue in this process does."
+        )
+        patches += [Patch(filesystem_async, "_results_queue", lambda _: queue.Queue(), why)]
+    return patches
 
 
 def _is_cuda(device: Any) -> bool:

@@ -24,14 +24,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def ranks():
     """Joins the ranks; yields a folder that all of them see."""
-    from rat_megatron.platform.cpu import patch_megatron_for_cpu, use_cpu_if_no_cuda
+    from rat_megatron.platform.cpu import use_cpu_if_no_cuda
 
-    on_cpu = use_cpu_if_no_cuda()
+    use_cpu_if_no_cuda()
     import torch
 
     torch.set_num_threads(1)
-    if on_cpu:
-        patch_megatron_for_cpu()
     join_ranks()
     name = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(name)

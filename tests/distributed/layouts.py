@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.megatron_runs import command_line, megatron_restored
+from benchmarks.megatron_runs import run_program
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
+from rat_megatron.training.patches import Patch, applied
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 1 --seq-length 512 "
@@ -49,39 +52,43 @@ def train(folder: Path, *flags: str | Path, alone: bool = False) -> Run:
 
 
 def _train_here(flags: list[str], folder: Path, losses: list[dict[str, float]]) -> None:
-    with megatron_restored(), command_line(flags):
+    with run_program(flags) as main:
         from megatron.training import training
 
-        import pretrain_rat
-
-        _record(training, "training_log", lambda args, _: losses.append({name: float(value) for name, value in args[0].items()}))
-        _record(training, "evaluate", lambda _, result: losses.append({name: float(value) for name, value in result[0].items()}))
-        _save_first_gradients(training, folder / "gradients")
-        pretrain_rat.main()
-
-
-def _record(module, name: str, note) -> None:
-    """Has note(args, result) see every call of a function of Megatron's."""
-    function = getattr(module, name)
-
-    def recording(*args, **kwargs):
-        result = function(*args, **kwargs)
-        note(args, result)
-        return result
-
-    setattr(module, name, recording)
+        observers = [
+            Patch(training, "training_log", _noting(lambda args, _: losses.append(_floats(args[0]))), "Losses of every iteration."),
+            Patch(training, "evaluate", _noting(lambda _, result: losses.append(_floats(result[0]))), "Losses of every validation."),
+            Patch(training, "finalize_model_grads", partial(_saving_first_gradients, folder=folder / "gradients"), "Gradients to compare."),
+        ]
+        with applied(observers):
+            main()
 
 
-def _save_first_gradients(training, folder: Path) -> None:
-    """Saves the whole gradient of the first step as a checkpoint of its own, in the weights' place and layout."""
+def _floats(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in losses.items()}
+
+
+def _noting(note: Callable[[tuple, Any], None]) -> Callable[[Callable], Callable]:
+    """Has note(args, result) see every call of a function."""
+
+    def wrap(function: Callable) -> Callable:
+        def noting(*args, **kwargs):
+            result = function(*args, **kwargs)
+            note(args, result)
+            return result
+
+        return noting
+
+    return wrap
+
+
+def _saving_first_gradients(finalize: Callable, folder: Path) -> Callable:
+    """Wraps finalize_model_grads: the whole gradient of the first step is saved as a checkpoint of its own, in the weights' place."""
     from megatron.core import dist_checkpointing
     from megatron.core.utils import get_model_config
 
-    finalize = training.finalize_model_grads
-
     def finalize_and_save(model, *args, **kwargs):
         finalize(model, *args, **kwargs)
-        training.finalize_model_grads = finalize
         config = get_model_config(model[0])
         config.finalize_model_grads_func = finalize  # the first step only
         parameters = [parameter for chunk in model for parameter in chunk.parameters()]
@@ -97,7 +104,7 @@ def _save_first_gradients(training, folder: Path) -> None:
         for parameter, data in zip(parameters, weights, strict=True):
             parameter.data = data
 
-    training.finalize_model_grads = finalize_and_save
+    return finalize_and_save
 
 
 def tensors(folder: Path, weights_only: bool = False) -> dict[str, torch.Tensor]:
@@ -125,7 +132,6 @@ def join_ranks() -> None:
     """Forms the group of all ranks, again if need be: what an earlier one left in torchrun's store is kept apart by a prefix."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    join_ranks.times = getattr(join_ranks, "times", 0) + 1
-    store = torch.distributed.PrefixStore(f"group{join_ranks.times}", store)
+    store = torch.distributed.PrefixStore(f"group{store.add(f'joined/{rank}', 1)}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=4))

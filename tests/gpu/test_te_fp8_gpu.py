@@ -141,14 +141,14 @@ def hooks(monkeypatch):
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from megatron.core.models.gpt import GPTModel
 
-    from rat_megatron.training.patches import megatron_hooks as hooks
+    from rat_megatron.training.patches import checkpoints as hooks
 
-    load_metadata = hooks._without_strides(TorchDistLoadShardedStrategy.load_tensors_metadata)
+    load_metadata = hooks.without_strides(TorchDistLoadShardedStrategy.load_tensors_metadata)
     determine = validation._determine_missing_and_unexpected_keys
-    determine = hooks._lacking_fp8_state_only(determine, Namespace(dist_ckpt_strictness="log_unexpected"))
+    determine = hooks.lacking_fp8_state_only(determine, Namespace(dist_ckpt_strictness="log_unexpected"))
     monkeypatch.setattr(TorchDistLoadShardedStrategy, "load_tensors_metadata", load_metadata)
     monkeypatch.setattr(validation, "_determine_missing_and_unexpected_keys", determine)
-    monkeypatch.setattr(GPTModel, "load_state_dict", hooks._with_weights_whole(GPTModel.load_state_dict))
+    monkeypatch.setattr(GPTModel, "load_state_dict", hooks.with_weights_whole(GPTModel.load_state_dict))
     monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
 
 

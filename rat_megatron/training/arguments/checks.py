@@ -33,7 +33,7 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
         "max_position_embeddings": args.max_position_embeddings or args.seq_length,
         "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
     }
-    if args.cuda_graph_impl == "full_iteration":  # Megatron insists; suspicious.py looks for NaN after every iteration
+    if args.cuda_graph_impl == "full_iteration":  # Megatron insists; loss_spikes.py looks for NaN after every iteration
         derived["check_for_nan_in_loss_and_grad"] = False
         if args.rerun_mode == "validate_results":  # it would validate nothing, and wait for the device before every optimizer step
             derived["rerun_mode"] = "disabled"

@@ -18,7 +18,7 @@ _INTERVALS: dict[str, Any] = {"eval_interval": 1000, "save_interval": 1000}  # M
 _CHECKPOINTING: dict[str, Any] = {
     "ckpt_format": "torch_dist",
     "dist_ckpt_optim_fully_reshardable": True,  # Megatron's own default cannot resume the optimizer at another TP or PP
-    "dist_ckpt_strictness": "log_unexpected",  # of what a checkpoint lacks; megatron_hooks.py lets it be FP8's state alone
+    "dist_ckpt_strictness": "log_unexpected",  # of what a checkpoint lacks; patches/ let it be FP8's state alone
 }
 _DATA: dict[str, Any] = {
     "dataloader_type": "external",

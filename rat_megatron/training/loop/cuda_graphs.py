@@ -14,27 +14,33 @@ from megatron.core.utils import unwrap_model
 
 from rat_megatron.model.core_attention import get_attention_pattern
 
-_captured: dict[str, tuple[dict[str, Any], ...]] = {}  # by pattern, what FullCudaGraphWrapper keeps on its class
 
+class CudaGraphs:
+    """The graphs of one run. Megatron keeps a graph on its class, where they take turns; close() lets go of all and their memory."""
 
-class CudaGraphOfEachPattern(FullCudaGraphWrapper):
-    """Takes the place of FullCudaGraphWrapper, around a forward-backward function of Megatron's; validation runs without a graph."""
+    def __init__(self):
+        self._of_pattern: dict[str, tuple[dict[str, Any], ...]] = {}  # what FullCudaGraphWrapper keeps on its class
 
-    def __call__(self, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
-        """The losses of every microbatch, as the wrapped function returns them. None is checked: suspicious.py looks at their mean."""
-        if kwargs["forward_only"]:
-            return self.forward_backward_func(**kwargs)
-        pattern = str(get_attention_pattern(unwrap_model(kwargs["model"][0])))
-        nothing_yet = {"training": 0}, {"training": None}, {"training": None}
-        state = _captured.setdefault(pattern, nothing_yet)
-        FullCudaGraphWrapper.curr_iteration, FullCudaGraphWrapper.cuda_graph, FullCudaGraphWrapper.result = state
-        return super().__call__(**kwargs)
+    def wrapper(self, base: type[FullCudaGraphWrapper]) -> type[FullCudaGraphWrapper]:
+        """Takes the place of FullCudaGraphWrapper, around a forward-backward function of Megatron's; validation runs without a graph."""
+        of_pattern = self._of_pattern
 
+        class CudaGraphOfEachPattern(base):
+            def __call__(self, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
+                """The losses of every microbatch, as the wrapped function returns them. loss_spikes.py looks at their mean."""
+                if kwargs["forward_only"]:
+                    return self.forward_backward_func(**kwargs)
+                nothing_yet = {"training": 0}, {"training": None}, {"training": None}
+                state = of_pattern.setdefault(str(get_attention_pattern(unwrap_model(kwargs["model"][0]))), nothing_yet)
+                base.curr_iteration, base.cuda_graph, base.result = state
+                return super().__call__(**kwargs)
 
-def forget_cuda_graphs() -> None:
-    """Lets go of all captured graphs and their memory, the optimizer's too."""
-    _captured.clear()
-    FullCudaGraphWrapper.curr_iteration, FullCudaGraphWrapper.cuda_graph = {"training": 0}, {"training": None}
-    FullCudaGraphWrapper.result = {"training": None}
-    OptimizerCudaGraphWrapper.curr_iteration, OptimizerCudaGraphWrapper.cuda_graph, OptimizerCudaGraphWrapper.result = 0, None, None
-    StaticBufferLoader.static_buffers = {"training": [], "validation": []}
+        return CudaGraphOfEachPattern
+
+    def close(self) -> None:
+        """The optimizer's graph goes too."""
+        self._of_pattern.clear()
+        FullCudaGraphWrapper.curr_iteration, FullCudaGraphWrapper.cuda_graph = {"training": 0}, {"training": None}
+        FullCudaGraphWrapper.result = {"training": None}
+        OptimizerCudaGraphWrapper.curr_iteration, OptimizerCudaGraphWrapper.cuda_graph, OptimizerCudaGraphWrapper.result = 0, None, None
+        StaticBufferLoader.static_buffers = {"training": [], "validation": []}

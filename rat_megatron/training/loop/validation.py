@@ -8,7 +8,7 @@ from typing import Any
 from rat_megatron.model.core_attention import set_attention_pattern
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.loop.arl import unwrap_iterators
-from rat_megatron.training.monitoring.metrics import RunReport
+from rat_megatron.training.monitoring.metrics import RunMetrics
 
 
 class RestartableIterator:
@@ -36,12 +36,12 @@ def loss_name(pattern: AttentionPattern, target: AttentionPattern) -> str:
 
 
 def evaluate_patterns(
-    evaluate_and_print_results: Callable, patterns: list[AttentionPattern], target: AttentionPattern, report: RunReport
+    evaluate_and_print_results: Callable, patterns: list[AttentionPattern], target: AttentionPattern, metrics: RunMetrics
 ) -> Callable:
     """Wraps Megatron's ``evaluate_and_print_results``: every evaluation is one per pattern, from the first validation batch on."""
 
     def evaluate(prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs):
-        report.iteration = iteration
+        metrics.iteration = iteration
         for pattern in patterns:
             set_attention_pattern(model, pattern)
             for iterator in unwrap_iterators(data_iterator):
@@ -52,13 +52,13 @@ def evaluate_patterns(
     return evaluate
 
 
-def record_losses(evaluate: Callable, target: AttentionPattern, report: RunReport) -> Callable:
-    """Wraps Megatron's ``evaluate`` so that the losses it returns also reach the report."""
+def record_losses(evaluate: Callable, target: AttentionPattern, metrics: RunMetrics) -> Callable:
+    """Wraps Megatron's ``evaluate`` so that the losses it returns also reach the run's metrics."""
 
     def recording(*args, **kwargs):
         losses, *rest = evaluate(*args, **kwargs)
         for name, loss in (losses or {}).items():
-            report.add_loss(name.removeprefix("lm loss").strip() or str(target), float(loss))
+            metrics.add_loss(name.removeprefix("lm loss").strip() or str(target), float(loss))
         return losses, *rest
 
     return recording

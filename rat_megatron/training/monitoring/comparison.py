@@ -1,36 +1,52 @@
-"""Puts the report.json of several runs side by side: loss of each pattern before and after adaptation, with the baseline."""
+"""`rat-megatron report`: the report.json of several runs side by side, loss of each pattern before and after adaptation."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from rat_megatron.errors import UserError
+from rat_megatron.files import write_json
 
 
-def write_report(
-    output: Path, *, pretrained: Path, adapted: list[Path], baseline: Path | None = None, baseline_adapted: list[Path] | None = None
+def compare_runs(
+    output: Annotated[Path, typer.Argument(help="Folder for report.json and report.png.")],
+    pretrained: Annotated[Path, typer.Option(help="--save folder of the pretraining run.")],
+    adapted: Annotated[list[Path] | None, typer.Option(help="--save folder of an adaptation; repeat for each.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="--save folder of the baseline's pretraining run.")] = None,
+    baseline_adapted: Annotated[list[Path] | None, typer.Option(help="--save folder of a baseline's adaptation; repeat.")] = None,
 ) -> dict[str, Any]:
-    """Writes ``report.json`` and ``report.png`` into ``output`` from the checkpoint folders of finished runs; returns the report.
-
-    ``{"patterns": {word: {"pretrained": loss, "adapted": loss}}, "baseline": {word: {...}}, "tokens_per_second": n}``. A model adapted
-    to a pattern counts under that pattern. Raises UserError when a run has no report.
-    """
+    """Compare validation losses per attention pattern, before and after adaptation."""
+    # report.json: {"patterns": {word: {"pretrained": loss, "adapted": loss}}, "baseline": {word: {...}}, "tokens_per_second": n,
+    # "iterations": n}. A model adapted to a pattern counts under that pattern.
     first = _read(pretrained)
-    report = {
-        "patterns": _table(first, [_read(run) for run in adapted]),
+    comparison = {
+        "patterns": _table(first, [_read(run) for run in adapted or []]),
         "baseline": _table(_read(baseline), [_read(run) for run in baseline_adapted or []]) if baseline else {},
         "tokens_per_second": first["tokens_per_second"],
         "iterations": first["iteration"],
     }
     output.mkdir(parents=True, exist_ok=True)
-    _plot(report, output / "report.png")
-    temporary = output / "report.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, output / "report.json")
-    return report
+    _plot(comparison, output / "report.png")
+    write_json(output / "report.json", comparison)
+    _print(comparison)
+    return comparison
+
+
+def _print(comparison: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Validation loss", title_justify="left")
+    for column in ("pattern", "RAT+ pretrained", "RAT+ adapted", "baseline pretrained", "baseline adapted"):
+        table.add_column(column, justify="left" if column == "pattern" else "right")
+    for word, losses in comparison["patterns"].items():
+        cells = [part.get(stage) for part in (losses, comparison["baseline"].get(word, {})) for stage in ("pretrained", "adapted")]
+        table.add_row(word, *(f"{cell:.3f}" if cell is not None else "-" for cell in cells))
+    Console().print(table)
 
 
 def _read(run: Path) -> dict[str, Any]:
@@ -50,15 +66,15 @@ def _table(pretrained: dict[str, Any], adapted: list[dict[str, Any]]) -> dict[st
     return table
 
 
-def _plot(report: dict[str, Any], path: Path) -> None:
+def _plot(comparison: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    words = list(report["patterns"])
+    words = list(comparison["patterns"])
     figure, axes = pyplot.subplots(figsize=(1.6 + 1.4 * len(words), 4))
-    for name, table, color in (("RAT+", report["patterns"], "tab:blue"), ("baseline", report["baseline"], "tab:orange")):
+    for name, table, color in (("RAT+", comparison["patterns"], "tab:blue"), ("baseline", comparison["baseline"], "tab:orange")):
         for stage, line, marker in (("pretrained", ":", "o"), ("adapted", "-", "s")):
             points = [(index, table[word][stage]) for index, word in enumerate(words) if stage in table.get(word, {})]
             if points:

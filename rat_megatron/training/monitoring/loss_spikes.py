@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from megatron.core import mpu
 from megatron.training.global_vars import get_args
 
+from rat_megatron.files import write_json
 from rat_megatron.training.loop.arl import unwrap_iterators
 
 FOLDER_NAME = "suspicious_samples"
@@ -20,7 +20,7 @@ _DEVIATIONS = 6.0
 _WARM_UP = 50  # iterations before a jump can be told
 
 
-def nan_noted(sample_ids: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+def is_nan_noted(sample_ids: torch.Tensor) -> Callable[[torch.Tensor], bool]:
     """A test for NaN, to validate the loss of a microbatch with, that notes its samples; sample_ids [b] as the streams count them."""
 
     def is_nan(loss: torch.Tensor) -> bool:
@@ -33,7 +33,7 @@ def nan_noted(sample_ids: torch.Tensor) -> Callable[[torch.Tensor], bool]:
     return is_nan
 
 
-def jumps_noted(train_step: Callable) -> Callable:
+def noting_spikes(train_step: Callable) -> Callable:
     """Wraps Megatron's ``train_step``: a loss far above its running mean is logged and noted, with the samples of the whole batch.
 
     Far is six standard deviations of the last fifty iterations or so. Under a CUDA graph, where no microbatch can be checked, a loss or
@@ -110,4 +110,4 @@ def _note(name: str, iteration: int, reason: str, sample_ids: list[int], **facts
     split = "train" if torch.is_grad_enabled() else "val"
     content = {"iteration": iteration, "reason": reason, **facts, "data_path": args.data_path, "split": split}
     content["sample_ids"] = sorted(sample_ids)
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / f"{name}.json", content)

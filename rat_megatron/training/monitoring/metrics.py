@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from collections import deque
@@ -14,10 +12,12 @@ import torch
 from megatron.core import mpu
 from megatron.training.global_vars import get_args
 
+from rat_megatron.files import write_json
+
 REPORT_NAME = "report.json"
 
 
-class RunReport:
+class RunMetrics:
     """The latest validation loss of every pattern and the training speed.
 
     ``report.json`` holds ``{"iteration", "consumed_samples", "pattern", "recurrence", "patterns": {word: validation loss},
@@ -32,7 +32,7 @@ class RunReport:
         self.iteration = 0
 
     def add_loss(self, pattern: str, loss: float) -> None:
-        """Notes one pattern's validation loss and writes the report."""
+        """Notes one pattern's validation loss and writes it all."""
         self._losses[pattern] = loss
         if self._folder is not None and _holds_losses():
             self._write()
@@ -60,10 +60,7 @@ class RunReport:
             "tokens_per_second": tokens / statistics.median(self._seconds) if self._seconds else None,
         }
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / REPORT_NAME
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_json(self._folder / REPORT_NAME, content)
 
 
 def _holds_losses() -> bool:

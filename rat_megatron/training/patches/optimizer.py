@@ -1,7 +1,4 @@
-"""The fp32 main parameters of --use-precision-aware-optimizer, whole in checkpoints.
-
-Transformer Engine's Adam keeps of each only what the bf16 parameter lacks: the difference of their bits, sixteen of them.
-"""
+"""What Megatron's optimizer becomes, mostly in its checkpoints: see ``table.py`` for the reasons."""
 
 from __future__ import annotations
 
@@ -13,6 +10,68 @@ import torch
 from rat_megatron.errors import UserError
 
 _LOW, _HIGH = -(2**15), 2**15 - 1
+
+
+def decay_every_parameter(get_megatron_optimizer_config):
+    def get_config(args: Any):
+        config, overrides = get_megatron_optimizer_config(args)
+        return config, {key: value for key, value in overrides.items() if value.get("wd_mult") != 0.0}
+
+    return get_config
+
+
+def from_padded_buckets(sharded_param_state: Callable) -> Callable:
+    def state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda **options: with_padding(gather(**options), self.buffers)
+        try:
+            return sharded_param_state(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    return state
+
+
+def with_padding(state: dict[Any, Any] | None, buffers: list[Any]) -> dict[Any, Any] | None:
+    """Puts back the padding between buckets that gathering took out: parameters are then where ``param_index_map`` has them."""
+    for index, buffer in enumerate(buffers if state else []):
+        for tensors in state[index].values():
+            for name, packed in tensors.items():
+                if isinstance(packed, torch.Tensor):
+                    tensors[name] = packed.new_zeros(buffer.numel)
+                    for bucket, values in zip(buffer.buckets, packed.split([b.numel_unpadded for b in buffer.buckets]), strict=True):
+                        tensors[name][bucket.offset : bucket.offset + bucket.numel_unpadded] = values
+    return state
+
+
+def begun(state_dict: Callable) -> Callable:
+    def begin(self: Any) -> dict[str, Any]:
+        if not self.optimizer.state:
+            for parameter in (parameter for group in self.optimizer.param_groups for parameter in group["params"]):
+                moments = {key: torch.zeros_like(parameter) for key in self.optimizer_state_keys}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return state_dict(self)
+
+    return begin
+
+
+def without_step(set_states: Callable) -> Callable:
+    def set_all_but_step(self: Any, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        set_states(self, parameter, {"step": None, **tensors})  # what is no tensor is left as it is
+
+    return set_all_but_step
+
+
+def with_steps_apart(load_state_dict: Callable) -> Callable:
+    def load(self: Any, state_dict: dict[str, Any]) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    return load
+
+
+# ---- fp32 main parameters that Transformer Engine's Adam keeps as what the bf16 parameter lacks: the difference of their bits ----------
 
 
 def with_whole_main_params(get_states: Callable) -> Callable:

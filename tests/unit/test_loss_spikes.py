@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rat_megatron.training.loop.arl import StepIterator
-from rat_megatron.training.monitoring import loss_spikes as suspicious
+from rat_megatron.training.monitoring import loss_spikes
 from rat_megatron.training.monitoring.loss_spikes import _Track
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
 
@@ -20,17 +20,18 @@ from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environ
 FAULTY = """
 import sys, time
 sys.path.insert(0, {repository!r})
-import pretrain_rat
+from rat_megatron import pretrain
+from rat_megatron.training.loop import forward_step
 count = 0
-loss_func = pretrain_rat.loss_func
+loss_func = forward_step.loss_func
 def faulty(loss_mask, sample_ids, name, output):
     global count
     count += sample_ids is not None
     if count >= {microbatch}:
         {fault}
     return loss_func(loss_mask, sample_ids, name, output)
-pretrain_rat.loss_func = faulty
-pretrain_rat.main()
+forward_step.loss_func = faulty
+pretrain.main()
 """
 
 NO_EVALUATION = ["--eval-interval", 1000]
@@ -74,7 +75,7 @@ def test_a_run_without_progress_shows_its_stacks_and_ends(tiny_data, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_under_a_cuda_graph_what_is_not_finite_ends_the_run(megatron_process, name, value, tmp_path, monkeypatch):
     options = Namespace(curr_iteration=6, save=str(tmp_path), data_path=["data"], cuda_graph_impl="full_iteration")
-    monkeypatch.setattr(suspicious, "get_args", lambda: options)
+    monkeypatch.setattr(loss_spikes, "get_args", lambda: options)
     values = {"lm loss": 2.0, "lm loss d64": 2.1, "grad norm d64": 0.5, "grad norm": 0.4}
     source = StepIterator(iter([{"sample_ids": torch.tensor([7, 3])}]))
     source.load(1)
@@ -83,7 +84,7 @@ def test_under_a_cuda_graph_what_is_not_finite_ends_the_run(megatron_process, na
         *losses, (_, norm) = values.items()
         return {key: torch.tensor(number) for key, number in losses}, 0, False, False, None, norm, None, 0
 
-    step = suspicious.jumps_noted(train_step)
+    step = loss_spikes.noting_spikes(train_step)
     step(None, source)
     values[name] = value
     with pytest.raises(RuntimeError, match=f"found {value} in {name} of iteration 7: see suspicious_samples/"):

@@ -1,0 +1,165 @@
+"""Every patch of Megatron that a training run makes, each with its reason. tests/unit/test_patches.py walks this table."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import partial
+
+import megatron.core.dist_checkpointing.validation as validation
+import megatron.core.models.common.language_module.language_module as language_module
+import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+import megatron.core.tensor_parallel.layers as layers
+import megatron.training.checkpointing as checkpointing
+import megatron.training.initialize as initialize
+import megatron.training.training as training
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.models.gpt import GPTModel
+
+from rat_megatron.ratplus.pattern import AttentionPattern
+from rat_megatron.training.loop.arl import arl_train_step, step_loaded_first
+from rat_megatron.training.loop.cuda_graphs import CudaGraphs
+from rat_megatron.training.loop.exit_signal import EarlyExitSignal
+from rat_megatron.training.loop.validation import evaluate_patterns, record_losses
+from rat_megatron.training.monitoring.flops import iteration_flops
+from rat_megatron.training.monitoring.loss_spikes import noting_spikes
+from rat_megatron.training.monitoring.metrics import RunMetrics
+from rat_megatron.training.monitoring.watchdog import Watchdog
+from rat_megatron.training.patches import Patch, checkpoints, fused, optimizer
+
+
+def megatron_patches(
+    args: Namespace, exit_signal: EarlyExitSignal, metrics: RunMetrics, graphs: CudaGraphs, watchdog: Watchdog | None = None
+) -> list[Patch]:
+    """What puts RAT+ into Megatron's loop, for validated arguments and the parts of a run."""
+    return [
+        *_loop(args, exit_signal, metrics, graphs, watchdog),
+        *_evaluation(args, metrics),
+        *_kernels(args),
+        *_checkpoints(args, watchdog),
+        *_optimizer(),
+    ]
+
+
+def _loop(args: Namespace, exit_signal: EarlyExitSignal, metrics: RunMetrics, graphs: CudaGraphs, watchdog: Watchdog | None) -> list[Patch]:
+    """train() calls the module's global train_step; what comes later here is further outside."""
+    rows = []
+    if watchdog:
+        rows += [Patch(training, "train_step", watchdog.beating, "The microbatches of a CUDA graph's replay pass without a word.")]
+    if args.rat_arl_pattern != "none":
+        sparse, target = AttentionPattern.parse(args.rat_arl_pattern), AttentionPattern.parse(args.rat_pattern)
+        two_steps = partial(arl_train_step, sparse=sparse, dense=target)
+        rows += [Patch(training, "train_step", two_steps, "Active recurrence learning: an iteration is a sparse and a dense step.")]
+    return rows + [
+        Patch(training, "train_step", step_loaded_first, "Both steps use the same microbatches, drawn before anything is computed."),
+        Patch(training, "train_step", metrics.timed, "The tokens per second of report.json come from the duration of iterations."),
+        Patch(training, "train_step", noting_spikes, "A NaN or a jump of the loss leaves the samples it came from."),
+        Patch(training, "train_step", exit_signal.handed_over, "A signal that came before Megatron listened is not lost."),
+        Patch(
+            training, "FullCudaGraphWrapper", graphs.wrapper,
+            "--cuda-graph-impl full_iteration: a graph replays the pattern it was captured under, so every pattern has its own.",
+        ),
+        Patch(
+            initialize, "_compile_dependencies", lambda _: lambda: None,
+            "The wheel brings the dataset helpers compiled and no Makefile: the make that this function runs would end the program.",
+        ),
+    ]  # fmt: skip
+
+
+def _evaluation(args: Namespace, metrics: RunMetrics) -> list[Patch]:
+    target = AttentionPattern.parse(args.rat_pattern)
+    of_patterns = partial(
+        evaluate_patterns, patterns=[AttentionPattern.parse(word) for word in args.rat_eval_patterns], target=target, metrics=metrics
+    )
+    return [
+        Patch(training, "evaluate", partial(record_losses, target=target, metrics=metrics), "Validation losses go to report.json."),
+        Patch(training, "evaluate_and_print_results", of_patterns, "Validation is one under every pattern of --rat-eval-patterns."),
+        Patch(
+            training, "num_floating_point_operations", lambda _: iteration_flops,
+            "Megatron's count misses the forget gate and sparse patterns, and counts one step.",
+        ),
+    ]  # fmt: skip
+
+
+def _kernels(args: Namespace) -> list[Patch]:
+    rows = []
+    if args.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
+        why = (
+            "Transformer Engine adds weight gradients to the accumulated ones inside the matrix product; for the output layer, Megatron "
+            "wants Apex's extension, for a product that Transformer Engine has too."
+        )
+        rows += [
+            Patch(layers, "fused_weight_gradient_mlp_cuda", lambda _: fused.WeightGradient, why),
+            Patch(layers, "_grad_accum_fusion_available", lambda _: True, why),
+        ]
+    if language_module.te_parallel_cross_entropy is not None:
+        why = (
+            "Transformer Engine's cross-entropy (chosen in model/builder.py) may overwrite the logits, which nobody reads again; Megatron "
+            "does not let it, and they would be in memory twice where memory is fullest."
+        )
+        rows += [Patch(language_module, "te_parallel_cross_entropy", lambda _: fused.cross_entropy_in_place, why)]
+    return rows
+
+
+def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
+    missing = "_determine_missing_and_unexpected_keys"
+    rows = [
+        Patch(
+            TorchDistLoadShardedStrategy, "load_tensors_metadata", checkpoints.without_strides,
+            "Checking a checkpoint's keys (--dist-ckpt-strictness) fails on the strides that newer versions of torch note beside them.",
+        ),
+        Patch(
+            validation, missing, partial(checkpoints.without_what_is_left_out, args=args),
+            "--dist-ckpt-strictness raise_all refuses a checkpoint of another layout for states of ranks that Megatron itself leaves out.",
+        ),
+        Patch(
+            validation, missing, partial(checkpoints.lacking_fp8_state_only, args=args),
+            "FP8's state is the one thing that a checkpoint may lack, or have too much: it was written in bf16, by other layers, or the "
+            "other way round. Megatron would load whatever fits, after an error in silence.",
+        ),
+        Patch(GPTModel, "load_state_dict", checkpoints.with_weights_whole, "The same, where the state meets the model."),
+        Patch(
+            training, "save_checkpoint_and_time", partial(checkpoints.unless_saved, args=args),
+            "A finished run that is started again would write its last checkpoint over itself, and a kill meanwhile would lose it.",
+        ),
+        Patch(
+            checkpointing, "maybe_msc", checkpoints.AtomicTracker,
+            "A kill between opening and writing the tracker file would leave it empty, and with it no checkpoint to resume from.",
+        ),
+    ]  # fmt: skip
+    if watchdog:
+        rows += [Patch(training, "save_checkpoint_and_time", watchdog.beating, "Saving takes long without a microbatch.")]
+    return rows
+
+
+def _optimizer() -> list[Patch]:
+    owner = distrib_optimizer.DistributedOptimizer
+    rows = [
+        Patch(training, "get_megatron_optimizer_config", optimizer.decay_every_parameter, "RAT+ decays every parameter, norms included."),
+        Patch(
+            owner, "sharded_param_state_fully_reshardable", optimizer.from_padded_buckets,
+            "Fully reshardable checkpoints take parameters from the wrong places once a bucket of the buffer has had to be padded (its "
+            "length is no multiple of 128 and of the data-parallel size): moments and master weights would be lost silently.",
+        ),
+        *(
+            Patch(
+                owner, name, make,
+                "--use-precision-aware-optimizer: a fully reshardable checkpoint would hold as numbers the halves of fp32 parameters that "
+                "Transformer Engine keeps, and could not be loaded.",
+            )
+            for name, make in (
+                ("_get_main_param_and_optimizer_states", optimizer.with_whole_main_params),
+                ("_set_main_param_and_optimizer_states", optimizer.with_main_params_split),
+            )
+        ),
+    ]  # fmt: skip
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        why = (
+            "The distributed optimizer cannot resume with torch's Adam: it fails when asked for its state before the first step, then over "
+            "the step count, which torch keeps per parameter, and would count each step many times."
+        )
+        rows += [
+            Patch(owner, "state_dict", optimizer.begun, why),
+            Patch(owner, "_set_main_param_and_optimizer_states", optimizer.without_step, why),
+            Patch(owner, "load_state_dict", optimizer.with_steps_apart, why),
+        ]
+    return rows
