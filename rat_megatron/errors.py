@@ -11,6 +11,11 @@ class UserError(Exception):
     """Something the user gave is wrong. The message is one sentence: what is wrong (flag or file) and what to do."""
 
 
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """What an error says, on one line and without its full stop; its class where it says nothing."""
+    return (" ".join(str(error).split())[:limit] or type(error).__name__).rstrip(".")
+
+
 @contextmanager
 def exit_2_on_bad_input() -> Iterator[None]:
     """Turns a UserError or PatternError into its sentence on standard error and exit code 2."""

@@ -67,15 +67,17 @@ class HfFolder:
 
 
 def _read_config(path: Path) -> RatPlusConfig:
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: give one that 'rat-megatron convert' or save_pretrained wrote")
     try:
         values = json.loads((path / "config.json").read_text())
         model_type = values.get("model_type")
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"{path} has no config.json: give a folder that 'rat-megatron convert' or save_pretrained wrote") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path / 'config.json'} is damaged: {error}") from error
     if model_type != RatPlusConfig.model_type:
-        raise UserError(f"{path} has model_type '{model_type}' in config.json: only '{RatPlusConfig.model_type}' models can be converted")
+        raise UserError(f"{path} holds a model of type '{model_type}' (config.json), not '{RatPlusConfig.model_type}': give a RAT+ model")
     try:
         config = RatPlusConfig.from_dict(values)
     except (ValueError, TypeError) as error:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from rat_megatron import ratplus
 from rat_megatron.checkpoint.hf_folder import INDEX, SINGLE
 from rat_megatron.data.format import tokenizer_hash
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 from rat_megatron.hf import RatPlusConfig
 
 MAX_SHARD_SIZE = "5GB"  # as Transformers
@@ -83,7 +83,7 @@ def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None) -
         try:
             loaded = AutoTokenizer.from_pretrained(tokenizer)
         except Exception as error:
-            raise UserError(f"{tokenizer} holds no tokenizer that Transformers can load: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{tokenizer} holds no tokenizer that Transformers can load: {one_line(error)}") from error
         if getattr(config, "tokenizer_hash", None) not in (None, tokenizer_hash(loaded)):
             raise UserError(
                 f"{tokenizer} is not the tokenizer that the training data was made with: give --tokenizer the folder of that one"

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 
 # The arguments that say what a checkpoint's weights mean. None of them is filled in later by Megatron's validation.
 ARCHITECTURE = (
@@ -134,7 +134,7 @@ class TorchDistCheckpoint:
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is missing: the checkpoint is incomplete") from error
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(f"{self.folder} cannot be read, its files are damaged: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self.folder} cannot be read, its files are damaged: {one_line(error)}") from error
 
 
 class _Tensor(DefaultLoadPlanner):
@@ -213,7 +213,7 @@ def _load_allowed(data: io.BytesIO, source: Path) -> Any:
             data.seek(0)
             return torch.load(data, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(f"the arguments in {source} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the arguments in {source} cannot be read: {one_line(error)}") from error
 
 
 def _refusal(source: Path, name: str) -> UserError:

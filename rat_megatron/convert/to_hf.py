@@ -1,4 +1,4 @@
-"""Turns a Megatron torch_dist checkpoint of a RAT+ model into a Hugging Face folder, tensor by tensor, in one CPU process."""
+"""`rat-megatron convert to-hf`: a Megatron torch_dist checkpoint into a Hugging Face folder, tensor by tensor, in one CPU process."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rat_megatron.checkpoint.hf_folder import HfFolder
-from rat_megatron.checkpoint.hf_writer import MAX_SHARD_SIZE, check_tokenizer, parse_dtype, parse_size, write_configs, write_shards
-from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
-from rat_megatron.convert.check import Check, check_conversion
-from rat_megatron.convert.megatron_weights import MegatronWeights
-from rat_megatron.convert.model_card import recipe_of, write_model_card
+import typer
+
+from rat_megatron.convert.options import Dtype, Output, ShardSize
 from rat_megatron.errors import UserError
 from rat_megatron.files import atomic_folder, check_output
-from rat_megatron.hf import RatPlusConfig
+
+if TYPE_CHECKING:
+    from rat_megatron.convert.check import Check
+    from rat_megatron.hf import RatPlusConfig
 
 # Settings of Megatron that change the layer; a checkpoint with other values is not a RAT+ model.
 FIXED = {
@@ -36,7 +37,7 @@ FIXED = {
 
 
 @dataclass(frozen=True)
-class FolderReport:
+class ConvertedFolder:
     """A Hugging Face folder that was written, and what its check found."""
 
     output: Path
@@ -55,26 +56,29 @@ class FolderReport:
 
 
 def convert_to_hf(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that Megatron's --save wrote, or one iteration in it.")],
+    output: Output,
     *,
-    pattern: str | None = None,
-    dtype: str | None = None,
-    step: int | None = None,
-    tokenizer: Path | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
-) -> FolderReport:
-    """Writes one step of a checkpoint (default: the latest) to the folder ``output``, which must not exist or be empty.
+    iteration: Annotated[int | None, typer.Option(help="Iteration to convert. Default: the latest.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Attention pattern, such as d16w256s4. Default: the one trained with.")] = None,
+    dtype: Dtype = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder to include. Default: that of the training data.")] = None,
+    max_shard_size: ShardSize = "5GB",
+) -> ConvertedFolder:
+    """Write a Megatron checkpoint as a Hugging Face folder that loads with trust_remote_code=True, without this package."""
+    # Memory peaks at one file of max_shard_size while writing and at one layer in fp32 in the check that follows. The folder appears only
+    # when it is complete and checked. Imports are here because Transformers takes seconds, and --help should not.
+    from rat_megatron.checkpoint.hf_folder import HfFolder
+    from rat_megatron.checkpoint.hf_writer import check_tokenizer, parse_dtype, parse_size, write_configs, write_shards
+    from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
+    from rat_megatron.convert.check import check_conversion
+    from rat_megatron.convert.megatron_weights import MegatronWeights
+    from rat_megatron.convert.model_card import recipe_of, write_model_card
 
-    ``pattern`` (default: the one trained with) becomes the model's attention pattern, ``dtype`` (float32, bfloat16; default: as stored)
-    that of the weights. ``tokenizer`` defaults to the one that the training data was made with, where that folder is still there. Memory
-    peaks at one file of ``max_shard_size`` while writing and at one layer in fp32 in the check that follows. The folder appears only
-    when it is complete and checked. Raises UserError for whatever is wrong with the input.
-    """
     wanted, shard_size = parse_dtype(dtype), parse_size(max_shard_size)
     check_output(output)
     check_tokenizer(tokenizer)
-    source = TorchDistCheckpoint(find_iteration(checkpoint, step))
+    source = TorchDistCheckpoint(find_iteration(checkpoint, iteration))
     args = source.args()
     config = _config_from_args(args, source.folder, pattern)
     tokenizer = tokenizer or _tokenizer_of_the_data(args)
@@ -86,7 +90,7 @@ def convert_to_hf(
         write_configs(config, folder, tokenizer)
         write_model_card(folder, config, recipe_of(args), _measured_losses(source.folder, args))
         check = check_conversion(weights, HfFolder(folder), str(source.folder), None if weights.dtypes <= {wanted, None} else wanted)
-    return FolderReport(
+    return ConvertedFolder(
         output=output,
         source=source.folder.name,
         pattern=config.attention_pattern,
@@ -99,6 +103,8 @@ def convert_to_hf(
 
 def _config_from_args(args: Namespace, source: Path, pattern: str | None) -> RatPlusConfig:
     """The Hugging Face config of the model that Megatron's arguments describe; end-of-text is the document end that training used."""
+    from rat_megatron.hf import RatPlusConfig
+
     if not hasattr(args, "rat_recurrence"):
         raise UserError(f"{source} is not a RAT+ checkpoint: its arguments have no rat_recurrence, so pretrain_rat.py did not write it")
     for name, value in FIXED.items():

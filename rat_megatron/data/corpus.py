@@ -30,7 +30,7 @@ SHORTEST_COMMENT = 3  # lines
 
 
 @dataclass(frozen=True)
-class CorpusReport:
+class CorpusTotals:
     """What `build_corpus` wrote: documents and UTF-8 bytes of text, of each source, and how long it took."""
 
     documents: int
@@ -40,7 +40,7 @@ class CorpusReport:
     seconds: float
 
 
-def build_corpus(output: Path, vocab_size: int = 4096) -> CorpusReport:
+def build_corpus(output: Path, vocab_size: int = 4096) -> CorpusTotals:
     """Writes OUTPUT/corpus/SOURCE.jsonl, one `{"text": ...}` a line, and a byte-level BPE tokenizer trained on it to OUTPUT/tokenizer.
 
     Raises UserError when the vocabulary cannot hold the 256 bytes and the end-of-document token."""
@@ -58,7 +58,7 @@ def build_corpus(output: Path, vocab_size: int = 4096) -> CorpusReport:
                 documents, size = documents + 1, size + len(text.encode())
         bytes_per_source[source] = size
     learned = _train_tokenizer(folder, Path(output) / "tokenizer", vocab_size)
-    return CorpusReport(documents, sum(bytes_per_source.values()), bytes_per_source, learned, time.perf_counter() - start)
+    return CorpusTotals(documents, sum(bytes_per_source.values()), bytes_per_source, learned, time.perf_counter() - start)
 
 
 def _sources() -> dict[str, Iterator[str]]:
@@ -175,10 +175,10 @@ def _train_tokenizer(corpus: Path, output: Path, vocab_size: int) -> int:
 
 def _command(output: Path, vocab_size: int = 4096) -> None:
     """Writes the sample corpus and its tokenizer. Example: python -m rat_megatron.data.corpus runs/sample --vocab-size 4096"""
-    report = build_corpus(output, vocab_size)
-    for source, size in report.bytes_per_source.items():
+    totals = build_corpus(output, vocab_size)
+    for source, size in totals.bytes_per_source.items():
         print(f"{source:>22}: {size / 1e6:6.2f} MB")
-    print(f"{report.documents:,} documents, {report.text_bytes / 1e6:.2f} MB, vocabulary {report.vocab_size:,}, {report.seconds:.1f} s")
+    print(f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.2f} MB, vocabulary {totals.vocab_size:,}, {totals.seconds:.1f} s")
     print(f"corpus: {output / 'corpus'}   tokenizer: {output / 'tokenizer'}")
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rat_megatron.checkpoint.hf_folder import HfFolder
 from rat_megatron.data.format import tokenizer_hash
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
+from rat_megatron.ratplus.cache_ratplus import CACHE_NAME
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -33,6 +34,18 @@ class LoadedModel:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def pad_token_id(self) -> int:
+        """What generate() may fill up rows with that have ended: the tokenizer's own token for it, or another whose rows are cut there."""
+        tokenizer = self.need_tokenizer()
+        return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+
+    @torch.inference_mode()
+    def cache_bytes(self, length: int) -> int:
+        """What the cache of one sequence of ``length`` tokens holds under the model's current attention pattern: of a real one."""
+        tokens = torch.randint(self.config.vocab_size, (1, length), device=self.model.device)
+        return getattr(self.model(tokens, use_cache=True, logits_to_keep=1), CACHE_NAME).nbytes
+
     def need_tokenizer(self) -> Any:
         """The tokenizer; raises UserError where the folder has none."""
         if self.tokenizer is None:
@@ -49,18 +62,12 @@ def load_model(folder: Path, *, device: str | None = None, dtype: str | None = N
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}.")
     place = _device(device)
-    config = _read_config(folder)
-    _check_weight_files(folder)
+    config = HfFolder(folder).config
     tokenizer = _load_tokenizer(folder, config)
     try:
-        model, info = RatPlusForCausalLM.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype] if dtype else "auto", output_loading_info=True
-        )
+        model = RatPlusForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype] if dtype else "auto")
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
-    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, unknown to its config.json,"), ("mismatched_keys", "misfits")):
-        if info.get(key):
-            raise UserError(f"{folder} {what} the weight {sorted(map(str, info[key]))[0]}: copy or convert the model again.")
+        raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
     return LoadedModel(folder, model.to(place).eval(), tokenizer)
 
 
@@ -70,50 +77,7 @@ def _device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {_first_line(error)}") from error
-
-
-def _read_config(folder: Path) -> RatPlusConfig:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give the one that `rat-megatron convert to-hf` wrote.")
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: give the folder that `rat-megatron convert to-hf` wrote.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}): copy or convert the model again.") from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != RatPlusConfig.model_type:
-        raise UserError(
-            f"{folder} holds a model of type {kind}, not {RatPlusConfig.model_type}: convert a RAT+ checkpoint with convert to-hf."
-        )
-    try:
-        return RatPlusConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} does not describe a RAT+ model: {_first_line(error)}") from error
-
-
-def _check_weight_files(folder: Path) -> None:
-    """Opens every safetensors file, whose header tells whether the file is whole."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} cannot be read ({_first_line(error)}): copy or convert the model again.") from error
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: copy or convert the model again.")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or damaged ({_first_line(error)}): copy or convert the model again.") from error
+        raise UserError(f"--device {name} cannot be used: {one_line(error)}") from error
 
 
 def _load_tokenizer(folder: Path, config: RatPlusConfig) -> Any | None:
@@ -124,7 +88,7 @@ def _load_tokenizer(folder: Path, config: RatPlusConfig) -> Any | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each kind of tokenizer fails in its own way
-        raise UserError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
         raise UserError(
@@ -137,7 +101,3 @@ def _load_tokenizer(folder: Path, config: RatPlusConfig) -> Any | None:
             f"the tokenizer in {folder} is not the one that the model was trained with: copy the tokenizer of the training data there."
         )
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -53,9 +53,9 @@ def continue_greedily(loaded: LoadedModel, prompts: list[str], max_new_tokens: i
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)  # [b, s], padded on the left
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    # With a token of its own for padding, generate() may fill up rows that have ended; what comes after the end is cut by decode.
-    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    output = loaded.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    output = loaded.model.generate(
+        ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=loaded.pad_token_id
+    )
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 

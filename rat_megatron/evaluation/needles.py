@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from rat_megatron.errors import UserError, exit_2_on_bad_input
+from rat_megatron.files import atomic_file
 
 DEPTHS = 10  # bins of depth: 0 is the first tenth of the text
 
@@ -150,25 +151,21 @@ class NeedleWriter:
 
 
 def write_jsonl(
-    output: Path, tokenizer: Any, *, length: int, count: int, seed: int, kinds: list[str], report: Any = lambda done: None
+    output: Path, tokenizer: Any, *, length: int, count: int, seed: int, kinds: list[str], progress: Any = lambda done: None
 ) -> None:
     """Writes ``count`` lines {"prompt", "answer"}, the kinds in turn, each of at most ``length`` tokens, prompt and answer tokenized apart.
 
-    The file appears whole or not at all. ``report`` is called with the number of lines done.
+    The file appears whole or not at all. ``progress`` is called with the number of lines done.
     """
     writers = [NeedleWriter(tokenizer, length, kind) for kind in kinds]
-    temporary = output.with_name(f".{output.name}.tmp")
     try:
-        with open(temporary, "w") as file:
+        with atomic_file(output) as file:
             for index in range(count):
                 needle = writers[index % len(writers)].one(index // len(writers), seed)
                 file.write(json.dumps({"prompt": needle.prompt, "answer": needle.answer}) + "\n")
-                report(index + 1)
-        temporary.replace(output)
+                progress(index + 1)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------------------------
@@ -270,7 +267,7 @@ def _main(
             count=count,
             seed=seed,
             kinds=kind or list(KINDS),
-            report=lambda n: progress.update(task, completed=n),
+            progress=lambda n: progress.update(task, completed=n),
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rat_megatron.errors import UserError
+from rat_megatron.files import atomic_file, write_json
 
 RESULTS_FILE = "results.json"
 
@@ -17,9 +16,7 @@ def write_results(output: Path, results: dict[str, Any]) -> None:
     """Writes ``results.json``, whole or not at all. Raises UserError where ``output`` cannot be written."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        temporary = output / f"{RESULTS_FILE}.tmp"
-        temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, output / RESULTS_FILE)
+        write_json(output / RESULTS_FILE, results)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
 
@@ -96,7 +93,6 @@ def _plot(lines: dict[str, list[tuple[float, float, float, str]]], label: str, p
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=150, format="png")
+    with atomic_file(path, "wb") as file:
+        figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)

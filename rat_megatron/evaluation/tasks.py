@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 from rat_megatron.evaluation.model import LoadedModel
 
 COMMONSENSE = ("piqa", "arc_easy", "arc_challenge", "winogrande", "lambada_openai", "hellaswag")
@@ -106,7 +106,7 @@ def _need_harness() -> type:
     try:
         from rat_megatron.evaluation.harness_model import HarnessModel
     except ImportError as error:
-        raise UserError(f"--task needs lm-evaluation-harness ({_one_line(error)}): install rat-megatron[eval].") from error
+        raise UserError(f"--task needs lm-evaluation-harness ({one_line(error)}): install rat-megatron[eval].") from error
     return HarnessModel
 
 
@@ -137,10 +137,10 @@ def _load(manager: Any, name: str, task_data: Path | None) -> Any:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"--task {name} needs a package that is not here ({_one_line(error)}): install rat-megatron[eval].") from error
+        raise UserError(f"--task {name} needs a package that is not here ({one_line(error)}): install rat-megatron[eval].") from error
     except Exception as error:  # the Hub, `datasets` and the tasks' own code fail in many ways
         if found:
-            raise UserError(f"{found} is not the data of task {name}: {type(error).__name__}, {_one_line(error)}.") from error
+            raise UserError(f"{found} is not the data of task {name}: {type(error).__name__}, {one_line(error)}.") from error
         raise UserError(_how_to_get(manager, name, error)) from error
     if name in LONGBENCH:
         max_gen_toks, until, penalty = LONGBENCH[name]
@@ -174,7 +174,7 @@ def _reader(path: Path) -> Callable[..., Mapping[str, Any]]:
             else:
                 data = load_dataset(_DATA_FORMATS[path.suffix], data_files=str(path), split="train")
         except Exception as error:  # as many kinds as formats
-            raise UserError(f"{path} cannot be read as the data of a task: {_one_line(error)}.") from error
+            raise UserError(f"{path} cannot be read as the data of a task: {one_line(error)}.") from error
         return data if isinstance(data, DatasetDict) else defaultdict(lambda: data)
 
     return read
@@ -187,12 +187,12 @@ def _how_to_get(manager: Any, name: str, error: Exception) -> str:
     config = load_yaml(manager.task_index[name].yaml_path, resolve_func=False)
     if name in RULER_NIAH:
         return (
-            f"the data of task {name} cannot be made, it takes the essays of the Hub's baber/paul_graham_essays ({_one_line(error)}): put "
+            f"the data of task {name} cannot be made, it takes the essays of the Hub's baber/paul_graham_essays ({one_line(error)}): put "
             f"{name}.jsonl, written where there is a network, into a folder and give it with --task-data, or use --needle-length."
         )
     arguments = ", ".join(repr(value) for value in (config["dataset_path"], config.get("dataset_name")) if value)
     return (
-        f"the data of task {name} is not in --task-data and cannot be fetched ({_one_line(error)}): where there is a network, run "
+        f"the data of task {name} is not in --task-data and cannot be fetched ({one_line(error)}): where there is a network, run "
         f"datasets.load_dataset({arguments}).save_to_disk('FOLDER/{name}'), and give --task-data FOLDER."
     )
 
@@ -222,7 +222,3 @@ def _quiet(*loggers: str) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

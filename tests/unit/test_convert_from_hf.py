@@ -10,8 +10,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration, read_checkpoint_args
-from rat_megatron.cli.convert import app
-from rat_megatron.convert import from_hf
+from rat_megatron.cli.main import convert as app
 from rat_megatron.convert.from_hf import convert_from_hf
 from rat_megatron.convert.names import fuse_qkv
 from rat_megatron.convert.to_hf import convert_to_hf
@@ -108,7 +107,7 @@ def test_training_continues_from_it(one_iteration, arl_run, tiny_data, tmp_path)
 
 def test_check_notices_rows_in_the_wrong_order(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "hf")
-    monkeypatch.setattr(from_hf, "fuse_qkv", lambda parts, groups: fuse_qkv([parts[1], parts[0], *parts[2:]], groups))
+    monkeypatch.setattr("rat_megatron.convert.names.fuse_qkv", lambda parts, groups: fuse_qkv([parts[1], parts[0], *parts[2:]], groups))
     with pytest.raises(UserError, match="other logits than"):
         convert_from_hf(folder, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -139,7 +138,7 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
         (lambda f: (f / "config.json").unlink(), "hf has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),
-        (lambda f: change_config(f, model_type="llama"), "model_type 'llama' in config.json: only 'ratplus'"),
+        (lambda f: change_config(f, model_type="llama"), "holds a model of type 'llama' \\(config.json\\), not 'ratplus'"),
         (lambda f: change_config(f, attention_pattern="d4x"), "unknown attention pattern 'd4x'"),
         (lambda f: change_config(f, hidden_act="silu"), "hidden_act 'silu'"),
         (lambda f: change_config(f, num_hidden_layers=3), r"has no model.layers.2.\S+, which its config.json asks for \(10 missing\)"),

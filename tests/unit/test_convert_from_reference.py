@@ -7,8 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rat_megatron.cli.convert import app
-from rat_megatron.convert import from_reference
+from rat_megatron.cli.main import convert as app
 from rat_megatron.convert.from_reference import convert_from_reference
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusForCausalLM
@@ -139,7 +138,7 @@ def test_optimizer_state_is_not_read(tmp_path, monkeypatch):
     file = write_file(tmp_path / "model.pth", reference_task(random_weights()))
     seen = {}
     load = torch.load
-    monkeypatch.setattr(from_reference.torch, "load", lambda *args, **options: seen.update(options) or load(*args, **options))
+    monkeypatch.setattr(torch, "load", lambda *args, **options: seen.update(options) or load(*args, **options))
     convert_from_reference(file, tmp_path / "hf", num_attention_heads=HEADS)
     assert seen["mmap"] is True and seen["weights_only"] is True
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration, read_checkpoint_args
 from rat_megatron.checkpoint.torch_dist_writer import StoredTensor, write_torch_dist
-from rat_megatron.cli.convert import app
+from rat_megatron.cli.main import convert as app
 from rat_megatron.convert import megatron_weights
 from rat_megatron.convert.names import FUSED_QKV, fuse_qkv, split_fused_qkv
 from rat_megatron.convert.to_hf import convert_to_hf
@@ -229,10 +229,10 @@ def test_which_iteration(tmp_path, checkpoint):
 
     name = "model.layers.0.self_attn.forget_gate_proj.weight"
     assert torch.equal(gate("latest"), later[name])
-    assert torch.equal(gate("first", step=20), later[name] / 2)
+    assert torch.equal(gate("first", iteration=20), later[name] / 2)
     assert torch.equal(gate("folder", folder=checkpoint / "iter_0000020"), later[name] / 2)
     with pytest.raises(UserError, match="iter_0000030 does not exist .*iter_0000020, iter_0000040"):
-        convert_to_hf(checkpoint, tmp_path / "none", step=30)
+        convert_to_hf(checkpoint, tmp_path / "none", iteration=30)
 
 
 def test_arguments_of_older_checkpoints(checkpoint):

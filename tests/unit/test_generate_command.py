@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rat_megatron.cli.main import app
 from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import exit_2_on_bad_input
-from rat_megatron.evaluation import generate as generation
+from rat_megatron.evaluation import generator as generation
 from rat_megatron.evaluation.model import load_model
 from rat_megatron.hf import RatPlusForCausalLM
 from rat_megatron.ratplus.pattern import AttentionPattern
@@ -204,12 +204,12 @@ def _drop_tokenizer(folder):
     [
         (_truncate, "model.safetensors is truncated or damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (_drop_a_weight, "lacks the weight model.layers.1.mlp.up_proj.weight"),
+        (_drop_a_weight, "has no model.layers.1.mlp.up_proj.weight"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
-        (_change_config(model_type="llama"), "holds a model of type llama"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (_change_config(model_type="llama"), "holds a model of type 'llama'"),
         (_change_config(attention_pattern="d4d"), "unknown attention pattern 'd4d'"),
-        (_change_config(hidden_size=64), "cannot be loaded"),
+        (_change_config(hidden_size=64), "but its config.json says"),
         (_change_config(tokenizer_hash="0" * 16), "is not the one that the model was trained with"),
         (_drop_tokenizer, "holds no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),

@@ -16,7 +16,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rat_megatron.data.prepare import documents, packing, tokenizing
-from rat_megatron.data.prepare.pipeline import PrepareReport, prepare
+from rat_megatron.data.prepare.pipeline import PreparedData, prepare
 from rat_megatron.errors import UserError
 from tests.preparing import EOD, contents, documents_of, run_until_killed, samples_of, save_byte_tokenizer, stream_of
 
@@ -148,10 +148,10 @@ def test_the_split_follows_the_text_and_the_seed(prepared, texts, tokenizer, tmp
     "step, after",
     [
         ("tokenizing._encode", 9),
-        ("pipeline.pack", 0),
+        ("packing.pack", 0),
         ("packing._write_shard", 4),
         ("packing.write_json", 4),  # a shard is there, but not its entry
-        ("pipeline.pack", 1),
+        ("packing.pack", 1),
         ("store.write_json", 0),  # rat_meta.json
     ],
 )
@@ -211,7 +211,7 @@ def test_what_is_done_is_not_done_again(prepared, inputs, tokenizer, tmp_path, c
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     again = prepare([inputs], output, **{**EXTRA, "tokenizer": tokenizer, "workers": 2})
     assert "complete already" in capsys.readouterr().out
-    assert again == PrepareReport(report.documents, report.tokens, report.train_samples, report.val_samples, 0.0, 0.0)
+    assert again == PreparedData(report.documents, report.tokens, report.train_samples, report.val_samples, 0.0, 0.0)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
@@ -338,6 +338,6 @@ def test_the_command_prints_its_totals_and_ends_bad_input_with_code_2(inputs, to
 
 
 def test_settings_of_an_unfinished_run_are_kept(prepared, inputs, tokenizer, tmp_path):
-    run_until_killed("rat_megatron.data.prepare.pipeline.pack", 0, [inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer})
+    run_until_killed("rat_megatron.data.prepare.packing.pack", 0, [inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer})
     with pytest.raises(UserError, match="holds an unfinished run with seq_length 32, not 16"):
         prepare([inputs], tmp_path / "data", **{**EXTRA, "tokenizer": tokenizer, "seq_length": 16})

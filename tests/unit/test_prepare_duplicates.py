@@ -67,7 +67,7 @@ def test_without_the_option_copies_stay(inputs, texts, tokenizer, tmp_path):
     assert (report.documents, report.duplicates) == (len(texts), 0)
 
 
-@pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("pipeline.drop_duplicates", 1), ("packing._write_shard", 7)])
+@pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("duplicates.drop_duplicates", 1), ("packing._write_shard", 7)])
 def test_workers_passes_and_interruptions_change_nothing(inputs, texts, tokenizer, tmp_path, monkeypatch, step, after):
     options = {**OPTIONS, "tokenizer": tokenizer, "val_fraction": 0.3}
     prepare([inputs], tmp_path / "plain", **options)
@@ -82,6 +82,6 @@ def test_workers_passes_and_interruptions_change_nothing(inputs, texts, tokenize
 
 
 def test_other_settings_of_unfinished_work_are_refused(inputs, tokenizer, tmp_path):
-    run_until_killed("rat_megatron.data.prepare.pipeline.pack", 0, [inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
+    run_until_killed("rat_megatron.data.prepare.packing.pack", 0, [inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
     with pytest.raises(UserError, match="unfinished run with deduplicate True, not False"):
         prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **{**OPTIONS, "deduplicate": False})

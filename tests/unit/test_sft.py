@@ -90,7 +90,7 @@ def test_each_document_is_a_sample_that_says_where_its_answer_is(inputs, pairs, 
     assert meta["tokens"] == sum(place[1] for _, place in expected) == report.tokens
 
 
-@pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("packing._write_shard", 3), ("pipeline.drop_duplicates", 1)])
+@pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("packing._write_shard", 3), ("duplicates.drop_duplicates", 1)])
 def test_a_killed_run_ends_as_the_uninterrupted_one_and_copies_are_dropped(inputs, pairs, tokenizer, tmp_path, step, after):
     options = {**OPTIONS, "tokenizer": tokenizer, "deduplicate": True}
     report = prepare([inputs], tmp_path / "plain", **options)

@@ -11,22 +11,21 @@ Disk space needed while it runs: twice the token ids; once, when the output is a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from rat_megatron.data.format import INDEX_FILE, META_FILE, SPLITS, hash_of
-from rat_megatron.data.prepare.documents import plan_units
-from rat_megatron.data.prepare.duplicates import drop_duplicates
 from rat_megatron.data.prepare.inputs import list_files
-from rat_megatron.data.prepare.packing import pack, samples_in
 from rat_megatron.data.prepare.settings import Settings, load_tokenizer, make_settings
 from rat_megatron.data.prepare.store import Destination, open_destination
-from rat_megatron.data.prepare.tokenizing import tokenize
 from rat_megatron.errors import UserError
 from rat_megatron.files import write_json
 
@@ -34,7 +33,7 @@ TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
-class PrepareReport:
+class PreparedData:
     """Totals of the data set; `seconds` and `tokens_per_second` (of tokenizing) are of this call alone, 0 when all was there already.
 
     `duplicates` are the documents left out as copies, `too_long` those whose prompt and answer are no sample; the other counts are
@@ -51,38 +50,52 @@ class PrepareReport:
 
 
 def prepare(
-    inputs: Iterable[str | Path],
-    output: str | Path,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files or folders of .txt (one document each), .jsonl, .parquet or .arrow, text and JSONL also as .gz, .zst, .xz, .bz2; "
+            "folders written by save_to_disk; hf://NAME or hf://NAME@REVISION, a data set of the Hugging Face Hub."
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="Folder for train/, val/, tokenizer/ and rat_meta.json, or s3://, gs://, sftp://...")],
     *,
-    tokenizer: str,
-    seq_length: int,
-    workers: int,
-    val_fraction: float = 0.005,
-    eod_token: str | None = None,
-    text_column: str = "text",
-    answer_column: str | None = None,
-    seed: int = 1005,
-    deduplicate: bool = False,
-    subset: str | None = None,
-    split: str | None = None,
-    work_dir: Path | None = None,
-) -> PrepareReport:
-    """Writes OUTPUT/{train,val} (MDS), OUTPUT/tokenizer and OUTPUT/rat_meta.json; prints documents, tokens and tokens/s.
+    tokenizer: Annotated[str, typer.Option(help="Hugging Face name, or a folder made by save_pretrained.")],
+    seq_length: Annotated[int, typer.Option(help="Tokens of a sample, as in training.")] = 4096,
+    workers: Annotated[int, typer.Option(help="Processes that tokenize; the result does not depend on it.")] = os.cpu_count() or 1,
+    val_fraction: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.005,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep only the first of documents with the same text.")] = False,
+    text_column: Annotated[str, typer.Option(help="Column or JSON field that holds the text.")] = "text",
+    answer_column: Annotated[
+        str | None, typer.Option(help="For fine-tuning: column of the answer to --text-column's prompt; only it counts in the loss.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset of a data set of the Hub, such as sample-100BT.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set that has several. Default: train.")] = None,
+    eod_token: Annotated[str | None, typer.Option(help="Token that ends a document; default: the tokenizer's end of sequence.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides, with the text itself, which documents are held out.")] = 1005,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Local folder for unfinished work; needed when --output is a URL. Default: inside --output.")
+    ] = None,
+) -> PreparedData:
+    """Turn text into token samples for training (MDS). The same command goes on where a killed run stopped."""
+    # A sample is one column `tokens`: T+1 ids, the first being the last of the sample before. Each document ends with the end-of-document
+    # id, none begins with a special one, and special tokens spelled out in the text are encoded as ordinary text. So every token but the
+    # first of a split is predicted exactly once, except a tail of fewer than T tokens at the end of a split, which is dropped.
+    # Whether a document is held out depends on a hash of its text and `seed` alone: copies of a document fall on the same side. With
+    # `deduplicate` only the first of all documents with the same text is kept.
+    #
+    # With `answer_column` each document, a prompt (`text_column`) and its answer, is a sample of its own for fine-tuning, with a second
+    # column that says where the answer is (`format.py`). Documents of more than T+1 tokens are left out and counted. The hash is then the
+    # prompt's, and copies have the same prompt and answer.
+    #
+    # inputs: files, folders or hf://NAME[@REVISION], with `subset` and `split`: see `list_files`.
+    # output: a folder, or the URL of a store; then unfinished work is kept in a folder of its own inside `work_dir`.
+    # tokenizer: a Hugging Face name or a local folder.
+    # Raises UserError for bad input, and when OUTPUT holds anything but this very data set, finished or not.
+    from rat_megatron.data.prepare.documents import plan_units
+    from rat_megatron.data.prepare.duplicates import drop_duplicates
+    from rat_megatron.data.prepare.packing import pack, samples_in
+    from rat_megatron.data.prepare.tokenizing import tokenize
 
-    A sample is one column `tokens`: T+1 ids, the first being the last of the sample before. Each document ends with the end-of-document
-    id, none begins with a special one, and special tokens spelled out in the text are encoded as ordinary text. So every token but the
-    first of a split is predicted exactly once, except a tail of fewer than T tokens at the end of a split, which is dropped.
-    Whether a document is held out depends on a hash of its text and `seed` alone: copies of a document fall on the same side. With
-    `deduplicate` only the first of all documents with the same text is kept.
-
-    With `answer_column` each document, a prompt (`text_column`) and its answer, is a sample of its own for fine-tuning, with a second
-    column that says where the answer is (`answers.py`). Documents of more than T+1 tokens are left out and counted. The hash is then the
-    prompt's, and copies have the same prompt and answer.
-
-    inputs: files, folders or hf://NAME[@REVISION], with `subset` and `split`: see `list_files`.
-    output: a folder, or the URL of a store; then unfinished work is kept in a folder of its own inside `work_dir`.
-    tokenizer: a Hugging Face name or a local folder.
-    Raises UserError for bad input, and when OUTPUT holds anything but this very data set, finished or not."""
     started = time.perf_counter()
     _check_numbers(seq_length, workers, val_fraction)
     if answer_column == text_column:
@@ -96,7 +109,7 @@ def prepare(
     files = list_files(inputs, Path(work_dir or output), subset, split)
     inputs_hash = hash_of([(file.name, file.size) for file in files])
 
-    finished = _finished_report(destination, settings, inputs_hash)
+    finished = _finished(destination, settings, inputs_hash)
     if finished is not None:
         return finished
     units = plan_units(files, settings.columns)
@@ -134,7 +147,7 @@ def prepare(
     print(f"{destination.shown}: {train:,} training and {val:,} validation samples of {seq_length} tokens")
     if val_fraction and not val:
         print(f"no validation split: --val-fraction {val_fraction} leaves fewer than {seq_length + 1} tokens for it")
-    return _report(totals, seconds, rate)
+    return _prepared(totals, seconds, rate)
 
 
 def _check_numbers(seq_length: int, workers: int, val_fraction: float) -> None:
@@ -146,12 +159,12 @@ def _check_numbers(seq_length: int, workers: int, val_fraction: float) -> None:
         raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1.")
 
 
-def _report(meta: dict[str, Any], seconds: float, rate: float) -> PrepareReport:
+def _prepared(meta: dict[str, Any], seconds: float, rate: float) -> PreparedData:
     samples = (meta["splits"][split]["samples"] for split in SPLITS)
-    return PrepareReport(meta["documents"], meta["tokens"], *samples, seconds, rate, meta.get("duplicates", 0), meta.get("too_long", 0))
+    return PreparedData(meta["documents"], meta["tokens"], *samples, seconds, rate, meta.get("duplicates", 0), meta.get("too_long", 0))
 
 
-def _finished_report(destination: Destination, settings: Settings, inputs_hash: str) -> PrepareReport | None:
+def _finished(destination: Destination, settings: Settings, inputs_hash: str) -> PreparedData | None:
     """The report of a data set that is complete already, or None."""
     address, output = destination.shown, Path(destination.address)
     meta = destination.read_json(META_FILE)
@@ -159,7 +172,7 @@ def _finished_report(destination: Destination, settings: Settings, inputs_hash: 
         _compare(address, meta, {**asdict(settings), "inputs_hash": inputs_hash}, "already holds a data set made")
         shutil.rmtree(destination.work, ignore_errors=True)  # killed between its last two steps
         print(f"{address} is complete already: {meta['documents']:,} documents, {meta['tokens']:,} tokens; nothing to do")
-        return _report(meta, 0.0, 0.0)
+        return _prepared(meta, 0.0, 0.0)
     if (destination.work / "settings.json").is_file():
         return None
     if destination.is_store:

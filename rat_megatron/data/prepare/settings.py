@@ -25,7 +25,7 @@ class Settings:
     val_fraction: float
     seed: int
     deduplicate: bool
-    answer_column: str | None  # each document is a sample of its own, with a loss on its answer only (answers.py)
+    answer_column: str | None  # each document is a sample of its own, with a loss on its answer only (tokenizing.py)
 
     @property
     def columns(self) -> tuple[str, ...]:

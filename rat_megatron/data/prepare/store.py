@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import urllib.parse
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_exponential
+
 from rat_megatron.data.format import META_FILE, hash_of
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 from rat_megatron.files import write_json
 
 UNFINISHED = ".unfinished"
@@ -29,6 +30,7 @@ class Destination:
     address: str
     work: Path
     is_store: bool
+    _uploaders: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)  # one a process: connections do not survive a fork
 
     @property
     def shown(self) -> str:
@@ -39,7 +41,7 @@ class Destination:
         """Moves WORK/`name` to the store, when there is one. Raises UserError when it stays unreachable."""
         if not self.is_store:
             return
-        uploader = _open_uploader(self.address, self.work, os.getpid())
+        uploader = self.open()
         local = Path(uploader.local)
         (local / name).parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.work / name, local / name)
@@ -48,8 +50,15 @@ class Destination:
                 (Path(uploader.remote) / name).parent.mkdir(parents=True, exist_ok=True)
             uploader.upload_file(name)
         except Exception as error:
-            raise UserError(f"{self.shown}/{name} cannot be uploaded, {GO_ON}: {_words(error)}") from error
+            raise UserError(f"{self.shown}/{name} cannot be uploaded, {GO_ON}: {one_line(error)}") from error
         (local / name).unlink(missing_ok=True)  # some uploaders leave it
+
+    def open(self) -> Any:
+        """This process's connection: its `upload_file(NAME)` copies `local`/NAME to the store, with retries. Raises UserError."""
+        process = os.getpid()
+        if process not in self._uploaders:
+            self._uploaders[process] = _open_uploader(self.address, self.work / f"upload.{process}.tmp")
+        return self._uploaders[process]
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a file of the finished data, or None when it is not there. Raises UserError when that cannot be told."""
@@ -66,7 +75,7 @@ class Destination:
         except Exception as error:
             if _is_missing(error):
                 return None
-            raise UserError(f"{self.shown}/{name} cannot be read, check the address and the credentials: {_words(error)}") from error
+            raise UserError(f"{self.shown}/{name} cannot be read, check the address and the credentials: {one_line(error)}") from error
         finally:
             local.unlink(missing_ok=True)
 
@@ -99,15 +108,12 @@ def open_destination(output: str | Path, work_dir: Path | None) -> Destination:
     if work_dir is None:
         raise UserError(f"--output {_shown(address)} is a URL: name a local folder for unfinished work with --work-dir.")
     destination = Destination(address, Path(work_dir) / f"prepare-{hash_of(address)}", is_store=True)
-    _open_uploader(destination.address, destination.work, os.getpid())
+    destination.open()
     return destination
 
 
-@cache
-def _open_uploader(address: str, work: Path, process: int) -> Any:
-    """One a process, since connections do not survive a fork. Its `upload_file(NAME)` copies `local`/NAME to the store, with retries."""
+def _open_uploader(address: str, staging: Path) -> Any:
     url = address.removeprefix("file://")
-    staging = work / f"upload.{process}.tmp"
     try:
         if urllib.parse.urlsplit(url).scheme == "sftp":
             return _SftpUploader(staging, url)
@@ -116,15 +122,11 @@ def _open_uploader(address: str, work: Path, process: int) -> Any:
         shutil.rmtree(staging, ignore_errors=True)
         return CloudUploader.get((str(staging), url), retry=ATTEMPTS)
     except Exception as error:  # each store has its own; without a client library it is ImportError
-        raise UserError(f"--output {_shown(address)} cannot be used, check the address and the credentials: {_words(error)}") from error
+        raise UserError(f"--output {_shown(address)} cannot be used, check the address and the credentials: {one_line(error)}") from error
 
 
 def _shown(address: str) -> str:
     return re.sub(r"(://[^/@]*):[^/@]*@", r"\1:***@", address)
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _is_missing(error: Exception) -> bool:
@@ -136,7 +138,9 @@ def _is_missing(error: Exception) -> bool:
 
 
 class _SftpUploader:
-    """Streaming reads from sftp:// but does not write there: the same client and the same environment variables as its downloader."""
+    """Streaming reads from sftp:// but does not write there: the same client and the same environment variables as its downloader.
+
+    fsspec's client for SFTP would accept any host key."""
 
     def __init__(self, local: Path, remote: str) -> None:
         self.local, self.remote = str(local), remote
@@ -152,8 +156,6 @@ class _SftpUploader:
 
     def upload_file(self, name: str) -> None:
         """Appears whole under its name."""
-        from streaming.base.util import retry
-
         target = f"{urllib.parse.urlsplit(self.remote).path}/{name}"
 
         def put() -> None:
@@ -163,10 +165,10 @@ class _SftpUploader:
             self._sftp.put(os.path.join(self.local, name), f"{target}.tmp")
             self._sftp.posix_rename(f"{target}.tmp", target)
 
-        def disconnect() -> None:
+        def disconnect(_: RetryCallState) -> None:
             self._sftp = None
 
-        retry(Exception, clean_up_fn=disconnect, num_attempts=ATTEMPTS)(put)()
+        Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait_exponential(1), after=disconnect, reraise=True)(put)
 
     def _make_folders(self, folder: str) -> None:
         try:
