@@ -29,7 +29,7 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from rat_megatron.checkpoint.run_marker import clear_finished, mark_finished  # noqa: E402
-from rat_megatron.model.builder import rat_model_config_from_args  # noqa: E402
+from rat_megatron.model.config import rat_model_config_from_args  # noqa: E402
 from rat_megatron.training.arguments import parse_arguments  # noqa: E402
 from rat_megatron.training.loop.cuda_graphs import CudaGraphs  # noqa: E402
 from rat_megatron.training.loop.data_provider import DataProvider  # noqa: E402

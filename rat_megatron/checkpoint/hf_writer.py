@@ -48,7 +48,9 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_
 
     One file's tensors are in memory at a time.
     """
-    shard, size, files, total = {}, 0, [], 0
+    shard: dict[str, torch.Tensor] = {}
+    files: list[tuple[Path, list[str]]] = []
+    size = total = 0
 
     def flush() -> None:
         path = folder / f"part-{len(files)}.safetensors"
@@ -66,7 +68,7 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_
         total += weight.nbytes
     flush()
 
-    index = {}
+    index: dict[str, str] = {}
     for number, (path, names) in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         path.rename(folder / name)

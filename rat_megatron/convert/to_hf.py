@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -134,7 +134,7 @@ def _config_from_args(args: Namespace, source: Path, pattern: str | None) -> Rat
         raise UserError(str(error)) from error
 
 
-def _tokenizer_facts(args: Namespace) -> dict[str, str]:
+def _tokenizer_facts(args: Namespace) -> dict[str, Any]:
     """``tokenizer_name`` and ``tokenizer_hash`` of the training data, as `rat-megatron prepare` notes them, where they are known."""
     facts = {name: getattr(args, f"rat_{name}", None) for name in ("tokenizer_name", "tokenizer_hash")}
     return {name: value for name, value in facts.items() if value is not None}

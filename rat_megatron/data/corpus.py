@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rat_megatron.errors import UserError
 
@@ -92,7 +93,7 @@ def _descriptions(seen: set[str]) -> Iterator[str]:
     """The long descriptions (README files) of the installed packages."""
     distributions = {distribution.metadata["Name"]: distribution for distribution in importlib.metadata.distributions()}
     for name in sorted(distributions, key=str):
-        metadata = distributions[name].metadata
+        metadata: Any = distributions[name].metadata
         text = (metadata.get_payload() or metadata.get("Description") or "").encode("utf-8", "replace").decode().strip()
         if len(text) >= SHORTEST_DOCUMENT and text not in seen:
             seen.add(text)

@@ -78,7 +78,8 @@ def evaluate(
 
     for word in words:
         loaded.model.set_attention_pattern(word)
-        of_pattern = results["patterns"][word] = {"kv_cache_bytes": {str(n): loaded.cache_bytes(n) for n in sorted(lengths)}}
+        of_pattern: dict[str, Any] = {"kv_cache_bytes": {str(n): loaded.cache_bytes(n) for n in sorted(lengths)}}
+        results["patterns"][word] = of_pattern
         if validation:
             say(f"{word}: validation loss of {validation.num_samples} samples of {validation.seq_length} tokens")
             of_pattern["loss"] = validation_loss(loaded, validation, batch_size=batch_size)

@@ -74,17 +74,16 @@ class Generator:
         self.written = list(ids)
         self._streamer = _TimedStreamer(self.tokenizer, read=len(ids) - cached)
         tokens = torch.tensor([ids], device=self.loaded.model.device)
-        sampling: dict[str, Any] = {"do_sample": False}
+        options: dict[str, Any] = {CACHE_NAME: self._cache, "do_sample": False}
         if self.settings.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p, "top_k": 0}
+            options |= {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p, "top_k": 0}
         output = self.loaded.model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            **{CACHE_NAME: self._cache},
             max_new_tokens=new_tokens,
             streamer=self._streamer,
             pad_token_id=self.loaded.pad_token_id,
-            **sampling,
+            **options,
         )
         self.written = output[0].tolist()
         return self.tokenizer.decode(self.written[len(ids) :], skip_special_tokens=True)
@@ -184,7 +183,8 @@ class _TimedStreamer(TextStreamer):
 
     def __init__(self, tokenizer: Any, read: int):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._read, self._times = read, []
+        self._read = read
+        self._times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         self._times.append(time.perf_counter())

@@ -57,7 +57,7 @@ class ValidationSet:
 
 
 @torch.inference_mode()
-def validation_loss(loaded: LoadedModel, data: ValidationSet, *, batch_size: int) -> dict[str, float]:
+def validation_loss(loaded: LoadedModel, data: ValidationSet, *, batch_size: int) -> dict[str, Any]:
     """Mean cross-entropy per token, in nats, under the model's current attention pattern.
 
     The target is left out wherever the input token ends a document, as in training. ``stderr`` is that of the ratio of two sums over
@@ -72,13 +72,13 @@ def validation_loss(loaded: LoadedModel, data: ValidationSet, *, batch_size: int
         for start in range(0, tokens.shape[1], max(1, _CHUNK // len(tokens))):
             part = slice(start, start + max(1, _CHUNK // len(tokens)))
             logits = model.lm_head(hidden[:, part]).float()  # [b, chunk, vocab]
-            loss = F.cross_entropy(logits.transpose(1, 2), labels[:, part], reduction="none")
-            summed += (loss * mask[:, part]).sum(dim=1, dtype=torch.float64)
+            losses_of_tokens = F.cross_entropy(logits.transpose(1, 2), labels[:, part], reduction="none")
+            summed += (losses_of_tokens * mask[:, part]).sum(dim=1, dtype=torch.float64)
         losses.append(summed.cpu())
         counts.append(mask.sum(dim=1, dtype=torch.float64).cpu())
     total, count = torch.cat(losses), torch.cat(counts)
     loss = float(total.sum() / count.sum())
-    result = {"loss": loss, "tokens": int(count.sum()), "samples": len(total), "seq_length": data.seq_length}
+    result: dict[str, Any] = {"loss": loss, "tokens": int(count.sum()), "samples": len(total), "seq_length": data.seq_length}
     if len(total) > 1:
         spread = (total - loss * count).square().sum() * len(total) / (len(total) - 1)
         result["stderr"] = float(spread.sqrt() / count.sum())

@@ -28,7 +28,7 @@ class LoadedModel:
 
     @property
     def config(self) -> RatPlusConfig:
-        return self.model.config
+        return self.model.config  # type: ignore[return-value]
 
     @property
     def dtype(self) -> str:

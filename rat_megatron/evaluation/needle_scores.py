@@ -65,7 +65,7 @@ def _summary(questions: list[Needle], found: list[list[bool]]) -> dict[str, Any]
     for needle, row in zip(questions, found, strict=True):
         for depth, hit in zip(needle.depths, row, strict=True):
             bins[int(depth * DEPTHS)].append(hit)
-    summary = {"score": float(scores.mean()), "questions": len(scores)}
+    summary: dict[str, Any] = {"score": float(scores.mean()), "questions": len(scores)}
     if len(scores) > 1:
         summary["stderr"] = float(scores.std() / len(scores) ** 0.5)
     summary["by_depth"] = [sum(bins[i]) / len(bins[i]) if bins[i] else None for i in range(DEPTHS)]

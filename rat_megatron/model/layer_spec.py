@@ -5,6 +5,7 @@ Megatron's own ``--spec rat_megatron.model.layer_spec get_rat_block_spec`` takes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -33,7 +34,7 @@ def get_rat_layer_spec(config: TransformerConfig) -> ModuleSpec:
         if not HAVE_TE:
             raise ValueError("transformer_impl is 'transformer_engine', but Transformer Engine is not installed: use 'local'")
         submodules = get_gpt_layer_with_transformer_engine_submodules()
-        core_attention = partial(RATCoreAttention, dense_attention=TEDotProductAttention)
+        core_attention: Callable[..., RATCoreAttention] = partial(RATCoreAttention, dense_attention=TEDotProductAttention)
     else:
         submodules = replace(get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
         core_attention = RATCoreAttention
@@ -64,4 +65,4 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

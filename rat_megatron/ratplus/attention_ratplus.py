@@ -224,7 +224,7 @@ def _attend_top_k(q, k, v, tokens: Tokens, cache) -> torch.Tensor:
 
 
 def _attend_one_to_blocks(q, tokens: Tokens, cache) -> torch.Tensor:
-    size, batch, heads = cache.head.dilation, *q.shape[:2]
+    (batch, heads), size = q.shape[:2], cache.head.dilation
     chosen = choose_blocks(q, cache.blocks, tokens.positions, cache.head, cache.scores)[:, :, 0, :-1]  # [b, np, blocks]
     count = min(cache.head.blocks, chosen.shape[-1])
     wanted, block = chosen.int().topk(count, dim=-1)  # [b, np, count]

@@ -6,6 +6,8 @@ Source: arXiv 2602.18196. Per row and key head a dilated pattern keeps S + W + 1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -181,7 +183,7 @@ class RatPlusCache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens, and the pattern."""
-        self.layers = []
+        self.layers: list[Any] = []
         self.columns = 0  # tokens given so far, padding included
         self.lengths: torch.Tensor | None = None
         self.pattern: AttentionPattern | None = None

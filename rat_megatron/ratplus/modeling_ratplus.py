@@ -201,7 +201,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         back = None if order is None else order.argsort(dim=1)
-        all_hidden_states = ()
+        all_hidden_states: tuple[torch.Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden_states += (_in_order(hidden_states, back),)

@@ -256,7 +256,7 @@ def test_cuda_graphs_hold_no_wait_for_the_device(check, tiny_data, monkeypatch):
     from megatron.core.transformer import TransformerConfig
     from megatron.training.arguments import validate_args
 
-    from rat_megatron.model.builder import rat_model_config_from_args
+    from rat_megatron.model.config import rat_model_config_from_args
 
     args, derived = check(*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data)
     vars(args).update(derived)

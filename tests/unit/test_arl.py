@@ -14,6 +14,8 @@ from rat_megatron.hf import RatPlusForCausalLM
 from rat_megatron.training.loop.arl import StepIterator
 from tests.helpers import SEQ_LENGTH, tensorboard_scalars
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_step_is_drawn_at_once_and_given_again():
     drawn = []

@@ -17,7 +17,7 @@ from benchmarks import __main__ as table
 from benchmarks import kernels, serving
 from tests.helpers import REPOSITORY, pretrain_environment
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the trial of a machine without a GPU")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="the trial of a machine without a GPU")]
 
 
 @pytest.fixture(scope="module")

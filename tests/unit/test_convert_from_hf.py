@@ -20,6 +20,8 @@ from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
 from tests.converting import megatron_args, megatron_tensors, random_weights, write_checkpoint, write_tokenizer
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 
 

@@ -18,6 +18,8 @@ from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain
 from tests.streaming_data import GLOBAL_BATCH, batches_of, ids_of, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

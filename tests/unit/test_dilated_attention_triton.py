@@ -17,6 +17,8 @@ from rat_megatron.ops import dilated_attention as reference
 from rat_megatron.ops.dilated_attention import folding
 from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern, LayerPattern
 
+pytestmark = pytest.mark.slow
+
 SCALE, DIM = 0.3, 16
 # Pattern, length, query heads, key heads, sequences: no dilation, no window, length 1, below D, no multiple of D, W > T, S > T.
 WHOLE = [

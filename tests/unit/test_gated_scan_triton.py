@@ -12,6 +12,8 @@ from rat_megatron.ops import dispatch
 from rat_megatron.ops import gated_scan as definition
 from tests.ranks_in_turns import scan_in_turns
 
+pytestmark = pytest.mark.slow
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
 

@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from rat_megatron.hf import RatPlusCache
 from tests.helpers import REPOSITORY
 from tests.unit.test_hf_generate import pad, random_tokens, tiny_model
+
+pytestmark = pytest.mark.slow
 
 
 def test_decoding_is_one_graph_for_all_steps():

@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 HN = 128  # of every released model
 
 

@@ -16,6 +16,8 @@ from rat_megatron.training.monitoring import loss_spikes
 from rat_megatron.training.monitoring.loss_spikes import _Track
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
 
+pytestmark = pytest.mark.slow
+
 # Runs pretrain_rat.py with something wrong in the model's output from a given microbatch on.
 FAULTY = """
 import sys, time

@@ -69,7 +69,7 @@ def test_megatron_still_refuses_the_fused_cross_entropy_that_we_choose():
     from megatron.core.models.common.language_module import language_module
     from megatron.training import arguments
 
-    # When this fails, --cross-entropy-fusion-impl te can be a default in flags.py, and builder.py needs no say.
+    # When this fails, --cross-entropy-fusion-impl te can be a default in flags.py, and config.py needs no say.
     assert "Transformer Engine cross entropy loss fusion is disabled" in _source(arguments.validate_args)
     # What the patch takes the place of; nothing reads the logits after this.
     compute_loss = _source(language_module.LanguageModule.compute_language_model_loss)

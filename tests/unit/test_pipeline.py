@@ -11,6 +11,8 @@ import torch
 
 from tests.helpers import MODEL_FLAGS, SEQ_LENGTH, TRAIN_FLAGS, pretrain, tensorboard_scalars
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, arl_run, tiny_data):

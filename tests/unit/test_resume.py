@@ -7,10 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, arl_run_flags, pretrain, pretrain_command, pretrain_environment, tensorboard_scalars
+
+pytestmark = pytest.mark.slow
 
 
 def _tracked(checkpoints: Path) -> int:

@@ -24,6 +24,8 @@ from tests.helpers import MODEL_FLAGS, REPOSITORY, SEQ_LENGTH, TRAIN_FLAGS, pret
 from tests.preparing import EOD, contents, run_until_killed, save_byte_tokenizer, write_lines
 from tests.streaming_data import batches_of
 
+pytestmark = pytest.mark.slow
+
 T = 32
 OPTIONS = {"seq_length": T, "workers": 1, "val_fraction": 0.2, "text_column": "prompt", "answer_column": "answer"}
 

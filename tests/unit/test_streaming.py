@@ -25,6 +25,8 @@ from rat_megatron.data.loader.streams import Stream, check_streams, parse_data_p
 from rat_megatron.errors import UserError
 from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
 
+pytestmark = pytest.mark.slow
+
 FORK = multiprocessing.get_context("fork")  # torch and Streaming are imported once
 
 

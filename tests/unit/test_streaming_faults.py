@@ -20,6 +20,8 @@ from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
 from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
 
+pytestmark = pytest.mark.slow
+
 EPOCH = 41 * GLOBAL_BATCH // 2  # microbatches: an epoch needs every shard
 
 

@@ -22,6 +22,8 @@ from rat_megatron.data.loader.streams import Stream, cache_folder, check_streams
 from rat_megatron.errors import UserError
 from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
 
+pytestmark = pytest.mark.slow
+
 SHARD = "train/shard.00001.mds"
 
 

@@ -16,7 +16,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ def _loader(dataset: Any, share: int, num_workers: int) -> DataLoader:
     )
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, ...]]:
+def _batches(loader: DataLoader) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The loader's batches; what goes wrong in its workers raises UserError here, or wherever the program is when a worker dies."""
     batches = iter(loader)
     workers = getattr(batches, "_workers", [])  # there are none when this process reads itself
@@ -255,11 +255,11 @@ def _explain_dead_workers() -> None:
         except RuntimeError as error:
             raise _dead_worker(error) or error from None
 
-    explain.explains = True
+    explain.explains = True  # type: ignore[attr-defined]
     signal.signal(signal.SIGCHLD, explain)
 
 
-def _dead_worker(error: RuntimeError) -> UserError | None:
+def _dead_worker(error: Exception) -> UserError | None:
     if not str(error).startswith("DataLoader worker"):
         return None
     return _death(str(error).splitlines()[0].strip().rstrip("."))

@@ -130,7 +130,7 @@ def damage(path: Path, expected: FileInfo) -> str | None:
     if (size := path.stat().st_size) != expected.bytes:
         return f"has {size} bytes instead of {expected.bytes}"
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, xxhash.xxh64).hexdigest()
+        found = hashlib.file_digest(file, xxhash.xxh64).hexdigest()  # type: ignore[arg-type]
     return None if found == expected.hashes[SHARD_HASH] else f"is damaged ({SHARD_HASH} {found} instead of {expected.hashes[SHARD_HASH]})"
 
 

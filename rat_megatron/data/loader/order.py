@@ -93,7 +93,7 @@ def _example_order() -> list[int]:
 
     sizes = np.array([50, 30, 41, 17, 90, 28, 64], np.int64)
     streams = [StreamingStream(local=name, proportion=weight) for name, weight in (("a", 0.75), ("b", 0.25))]
-    example = SimpleNamespace(
+    example: Any = SimpleNamespace(
         streams=streams,
         num_streams=2,
         samples_per_shard=sizes,

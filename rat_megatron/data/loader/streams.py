@@ -103,7 +103,7 @@ def check_streams(
             if totals["samples"]:
                 _check_shards(stream, split, totals["samples"], cache)
     samples = {split: [meta["splits"][split]["samples"] for meta in metas] for split in SPLITS}
-    meta = DataMeta(
+    together = DataMeta(
         seq_length=seq_length,
         vocab_size=max(meta["vocab_size"] for meta in metas),
         eod_id=first["eod_id"],
@@ -114,7 +114,7 @@ def check_streams(
         val_samples=sum(samples["val"]) if all(samples["val"]) else 0,
     )
     training_cache_limit(streams, cache, cache_limit)
-    return meta
+    return together
 
 
 def _check_shards(stream: Stream, split: str, samples: int, cache: str | None) -> None:

@@ -55,7 +55,7 @@ def plan_units(files: list[InputFile], columns: tuple[str, ...]) -> list[Unit]:
     texts_size = 0
     with ThreadPoolExecutor(PLANNING_THREADS) as threads:
         tables = (file if file.format in ("parquet", "arrow") else None for file in files)
-        planned = [file and threads.submit(retrying, file, _plan_table, file, columns) for file in tables]
+        planned = [threads.submit(retrying, file, _plan_table, file, columns) if file else None for file in tables]
         for file, table in zip(files, planned, strict=True):
             if file.format == "text":
                 texts.append(file)
@@ -158,7 +158,8 @@ def _open(file: InputFile) -> BinaryIO:
     if file.compression in ("gzip", "zstd"):
         return io.BufferedReader(pyarrow.CompressedInputStream(_source(file), file.compression))
     if file.compression:
-        return {"xz": lzma.open, "bz2": bz2.open}[file.compression](_source(file))
+        decompress: Any = {"xz": lzma.open, "bz2": bz2.open}[file.compression]
+        return decompress(_source(file))
     return io.BufferedReader(_source(file), 1 << 20) if file.is_remote else open(file.location, "rb")
 
 

@@ -112,7 +112,7 @@ def _write_shard(packing: Packing, shard: int) -> dict[str, Any]:
     last = min(first + packing.shard_samples, packing.samples)
     folder = work / f"{packing.split}.{shard:05}.{os.getpid()}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
-    columns = {name: f"ndarray:{kind.base}:{kind.shape[0]}" for name, (kind, _) in packing.sample_type.fields.items()}
+    columns = {name: f"ndarray:{kind.base}:{kind.shape[0]}" for name, (kind, *_) in packing.sample_type.fields.items()}
     with MDSWriter(columns=columns, out=str(folder), hashes=[SHARD_HASH], size_limit=None) as writer:
         for sample in _samples(packing, first, last):
             writer.write(sample)

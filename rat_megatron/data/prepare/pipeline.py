@@ -160,8 +160,8 @@ def _check_numbers(seq_length: int, workers: int, val_fraction: float) -> None:
 
 
 def _prepared(meta: dict[str, Any], seconds: float, rate: float) -> PreparedData:
-    samples = (meta["splits"][split]["samples"] for split in SPLITS)
-    return PreparedData(meta["documents"], meta["tokens"], *samples, seconds, rate, meta.get("duplicates", 0), meta.get("too_long", 0))
+    train, val = (meta["splits"][split]["samples"] for split in SPLITS)
+    return PreparedData(meta["documents"], meta["tokens"], train, val, seconds, rate, meta.get("duplicates", 0), meta.get("too_long", 0))
 
 
 def _finished(destination: Destination, settings: Settings, inputs_hash: str) -> PreparedData | None:

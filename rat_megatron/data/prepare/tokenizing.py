@@ -104,7 +104,7 @@ def _write_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, An
 def _stored(ids: tuple[list[int], ...], settings: Settings) -> bytes:
     """The ids of one document, of its prompt and answer where there are two, as they are written."""
     if settings.answer_column:
-        return _answer_record(*ids, settings).tobytes()
+        return _answer_record(ids[0], ids[1], settings).tobytes()
     return array(ARRAY_TYPES[settings.token_dtype], [*ids[0], settings.eod_id]).tobytes()
 
 

@@ -64,8 +64,8 @@ def dilated_attention(
             q = apply_rope(q, cos, sin)
         if head.blocks:
             of_blocks = "torch" if implementation in ("masked", "kept") else implementation
-            batch_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, heads, hn] -> [b, heads, s, hn]
-            return topk_attention(*batch_first, head, softmax_scale, q_positions, k_positions, of_blocks).permute(2, 0, 1, 3)
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, heads, hn] -> [b, heads, s, hn]
+            return topk_attention(q, k, v, head, softmax_scale, q_positions, k_positions, of_blocks).permute(2, 0, 1, 3)
         if in_order and head.is_dense and implementation is None:
             return reference.causal_attention(q, k, v, softmax_scale)
         if in_order and implementation != "masked":

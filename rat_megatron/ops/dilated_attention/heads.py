@@ -20,7 +20,8 @@ def attend_by_head(
     if pattern.is_uniform:
         return attend(pattern.heads[0], q, k, v)
     q_heads, k_heads, v_heads = (x.split(1, dim=2) for x in (q, k, v))
-    share, outputs = len(q_heads) // len(k_heads), {}
+    share = len(q_heads) // len(k_heads)
+    outputs: dict[int, Tensor] = {}
     for head in dict.fromkeys(pattern.heads):
         members = [h for h in range(len(q_heads)) if pattern.heads[h] == head]
         queries = torch.cat([q_heads[h] for h in members], dim=2)

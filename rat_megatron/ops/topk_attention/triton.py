@@ -74,7 +74,8 @@ def _block_bounds(k: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tenso
     """
     complete, length = k.shape[2] // size, k.shape[2]
     lower, upper = k[:, :, : complete * size].unflatten(2, (complete, size)).aminmax(dim=3)
-    return tuple(F.pad(x, (0, 0, 0, -(-length // size) - complete)).contiguous() for x in (upper, lower))
+    upper, lower = (F.pad(x, (0, 0, 0, -(-length // size) - complete)).contiguous() for x in (upper, lower))
+    return upper, lower
 
 
 def _active_blocks(chosen: torch.Tensor, head: HeadPattern, positions: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
     )
     add_fp8_args(group)
 
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign, assignment]
     parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
     if preset := given("--rat-preset"):
         recipe = dict((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))

@@ -49,8 +49,8 @@ def _check_schedule(there: dict[str, Any], here: dict[str, Any], source: str) ->
 
 def _schedule(args: Namespace) -> dict[str, Any]:
     """What fixes the learning rate and weight decay of every iteration; None where Megatron will fill it in."""
-    plain = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_samples", "lr_decay_samples", "train_samples")
-    plain += ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
+    plain = ["lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_samples", "lr_decay_samples", "train_samples"]
+    plain += ["weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"]
     schedule = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in plain}
     batch, iterations = getattr(args, "global_batch_size", None), getattr(args, "train_iters", None)
     if batch and iterations and not args.train_samples:

@@ -69,7 +69,7 @@ def _end_unless_finite(values: dict[str, Any], data_iterator: Any) -> None:
 
 def _note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **facts: float) -> bool:
     """Notes the samples of the whole global batch; returns whether this is the one rank of the last stage that wrote them."""
-    ids = sum((it.sample_ids() for it in unwrap_iterators(data_iterator)[:1]), [])
+    ids = [number for it in unwrap_iterators(data_iterator)[:1] for number in it.sample_ids()]
     every: list = [None] * mpu.get_data_parallel_world_size()
     torch.distributed.all_gather_object(every, ids, group=mpu.get_data_parallel_group())
     first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0

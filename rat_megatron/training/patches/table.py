@@ -93,7 +93,7 @@ def _kernels(args: Namespace) -> list[Patch]:
         ]
     if language_module.te_parallel_cross_entropy is not None:
         why = (
-            "Transformer Engine's cross-entropy (chosen in model/builder.py) may overwrite the logits, which nobody reads again; Megatron "
+            "Transformer Engine's cross-entropy (chosen in model/config.py) may overwrite the logits, which nobody reads again; Megatron "
             "does not let it, and they would be in memory twice where memory is fullest."
         )
         rows += [Patch(language_module, "te_parallel_cross_entropy", lambda _: fused.cross_entropy_in_place, why)]
