@@ -11,6 +11,11 @@ class UserError(Exception):
     """Something the user gave is wrong. The message is one sentence: what is wrong (flag or file) and what to do."""
 
 
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """The message's words in one line of at most ``limit`` characters, without a trailing period; the error's class when there are none."""
+    return " ".join(str(error).split())[:limit].rstrip(".") or type(error).__name__
+
+
 @contextmanager
 def exit_2_on_bad_input() -> Iterator[None]:
     """Turns a UserError or PatternError into its sentence on standard error and exit code 2."""
