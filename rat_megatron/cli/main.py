@@ -8,8 +8,8 @@ from rat_megatron.cli.convert import app as convert_app
 from rat_megatron.cli.doctor import doctor
 from rat_megatron.cli.evaluate import evaluate
 from rat_megatron.cli.generate import generate
-from rat_megatron.cli.prepare import prepare
 from rat_megatron.cli.report import report
+from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import exit_2_on_bad_input
 
 app = typer.Typer(

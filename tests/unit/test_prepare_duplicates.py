@@ -52,22 +52,22 @@ def once(tmp_path_factory, texts, tokenizer):
 
 def test_only_the_first_copy_stays(inputs, once, texts, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packing, "SHARD_SAMPLES", 1 << 16)  # as for `once`
-    report = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
+    data = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
     assert contents(tmp_path / "data" / "train") == contents(once / "train")
     distinct = list(dict.fromkeys(texts))
-    assert (report.documents, report.duplicates) == (len(distinct), len(texts) - len(distinct))
-    assert f"{report.duplicates:,} of {len(texts):,} documents were copies" in capsys.readouterr().out
+    assert (data.documents, data.duplicates) == (len(distinct), len(texts) - len(distinct))
+    assert f"{data.duplicates:,} of {len(texts):,} documents were copies" in capsys.readouterr().out
     meta = json.loads((tmp_path / "data" / "rat_meta.json").read_text())
-    assert (meta["documents"], meta["duplicates"], meta["tokens"]) == (report.documents, report.duplicates, report.tokens)
+    assert (meta["documents"], meta["duplicates"], meta["tokens"]) == (data.documents, data.duplicates, data.tokens)
     assert meta["tokens"] == sum(len(text.encode()) + 1 for text in distinct)
 
 
 def test_without_the_option_copies_stay(inputs, texts, tokenizer, tmp_path):
-    report = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **{**OPTIONS, "deduplicate": False})
-    assert (report.documents, report.duplicates) == (len(texts), 0)
+    data = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **{**OPTIONS, "deduplicate": False})
+    assert (data.documents, data.duplicates) == (len(texts), 0)
 
 
-@pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("pipeline.drop_duplicates", 1), ("packing._write_shard", 7)])
+@pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("duplicates.drop_duplicates", 1), ("packing._write_shard", 7)])
 def test_workers_passes_and_interruptions_change_nothing(inputs, texts, tokenizer, tmp_path, monkeypatch, step, after):
     options = {**OPTIONS, "tokenizer": tokenizer, "val_fraction": 0.3}
     prepare([inputs], tmp_path / "plain", **options)
@@ -82,6 +82,6 @@ def test_workers_passes_and_interruptions_change_nothing(inputs, texts, tokenize
 
 
 def test_other_settings_of_unfinished_work_are_refused(inputs, tokenizer, tmp_path):
-    run_until_killed("rat_megatron.data.prepare.pipeline.pack", 0, [inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
+    run_until_killed("rat_megatron.data.prepare.packing.pack", 0, [inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
     with pytest.raises(UserError, match="unfinished run with deduplicate True, not False"):
         prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **{**OPTIONS, "deduplicate": False})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 
 HUB = "hf://"
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
@@ -132,7 +132,7 @@ def _hub_files(address: str, subset: str | None, split: str) -> list[InputFile]:
     try:
         data_files = load_dataset_builder(name, subset, revision=revision or None).config.data_files or {}
     except Exception as error:  # the Hub, the network and the data set's own description each have their kind
-        raise UserError(f"input {address} cannot be found{_reason(error)}") from error
+        raise UserError(f"input {address} cannot be found: {one_line(error)}.") from error
     found = {str(name): [str(location) for location in files] for name, files in data_files.items()}
     if split not in found:
         raise UserError(f"input {address} has no split {split!r}, only {', '.join(found)}: choose one with --split.")
@@ -149,9 +149,4 @@ def _hub_files(address: str, subset: str | None, split: str) -> list[InputFile]:
         try:
             return [InputFile(location, location, *_kind(location), size, None) for location, size in zip(locations, sizes, strict=True)]
         except OSError as error:
-            raise UserError(f"input {address} cannot be read{_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return f": {words[:400]}" if words else f" ({type(error).__name__})."
+            raise UserError(f"input {address} cannot be read: {one_line(error)}.") from error

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from rat_megatron.data.format import INDEX_FILE, hash_of
-from rat_megatron.data.prepare.answers import read_records, sample_type
-from rat_megatron.data.prepare.duplicates import read_index
+from rat_megatron.data.format import INDEX_FILE, SHARD_HASH, hash_of
+from rat_megatron.data.prepare.destination import Destination
+from rat_megatron.data.prepare.duplicates import read_records, read_tokens
 from rat_megatron.data.prepare.pool import run_in_workers
 from rat_megatron.data.prepare.settings import Settings
-from rat_megatron.data.prepare.store import Destination
-from rat_megatron.data.prepare.tokenizing import Part
+from rat_megatron.data.prepare.tokenizing import Part, sample_type
 from rat_megatron.files import write_json
 
 SHARD_BYTES = 1 << 26
@@ -33,7 +32,7 @@ SHARD_SAMPLES = 1 << 16  # short samples: keep shards well below a shuffle block
 
 @dataclass(frozen=True)
 class Packing:
-    """What the workers need. `begins` [parts + 1]: where each part begins in the split's stream of tokens, or of `answers.py`'s samples."""
+    """What the workers need. `begins` [parts + 1]: where each part begins in the split's stream of tokens, or of samples with answers."""
 
     parts: list[Part]
     begins: np.ndarray
@@ -114,7 +113,7 @@ def _write_shard(packing: Packing, shard: int) -> dict[str, Any]:
     folder = work / f"{packing.split}.{shard:05}.{os.getpid()}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     columns = {name: f"ndarray:{kind.base}:{kind.shape[0]}" for name, (kind, _) in packing.sample_type.fields.items()}
-    with MDSWriter(columns=columns, out=str(folder), hashes=["xxh64"], size_limit=None) as writer:
+    with MDSWriter(columns=columns, out=str(folder), hashes=[SHARD_HASH], size_limit=None) as writer:
         for sample in _samples(packing, first, last):
             writer.write(sample)
     [entry] = json.loads((folder / INDEX_FILE).read_text())["shards"]
@@ -146,26 +145,6 @@ def _pieces(packing: Packing, begin: int, end: int) -> Iterator[np.ndarray]:
     while number < len(packing.parts) and packing.begins[number] < end:
         part, offset = packing.parts[number], int(packing.begins[number])
         within = max(0, begin - offset), min(int(packing.begins[number + 1]), end) - offset
-        if within[0] < within[1] and settings.answer_column:
-            yield read_records(part, *within, settings)
-        elif within[0] < within[1]:
-            read = _read_kept if len(part.dropped) else _read_all
-            yield read(part, *within, settings.token_dtype)
+        if within[0] < within[1]:
+            yield (read_records if settings.answer_column else read_tokens)(part, *within, settings)
         number += 1
-
-
-def _read_all(part: Part, begin: int, end: int, dtype: str) -> np.ndarray:
-    return np.fromfile(part.tokens_file, dtype, end - begin, offset=begin * np.dtype(dtype).itemsize)
-
-
-def _read_kept(part: Part, begin: int, end: int, dtype: str) -> np.ndarray:
-    """[begin, end) counts the tokens of the documents that are kept."""
-    lengths = read_index(part)["tokens"].astype(np.int64)
-    kept = np.ones(len(lengths), bool)
-    kept[part.dropped] = False
-    kept_ends, ends = np.cumsum(lengths * kept), np.cumsum(lengths)
-    first, last = np.searchsorted(kept_ends, begin, side="right"), np.searchsorted(kept_ends, end, side="left")  # documents
-    ids = _read_all(part, int(ends[first] - lengths[first]), int(ends[last]), dtype)
-    ids = ids[np.repeat(kept[first : last + 1], lengths[first : last + 1])]
-    skipped = begin - int(kept_ends[first] - lengths[first])
-    return ids[skipped : skipped + end - begin]
