@@ -30,12 +30,12 @@ import pyarrow
 import pyarrow.parquet
 
 from rat_megatron.data.corpus import build_corpus
+from rat_megatron.data.prepare import tokenizing
+from rat_megatron.data.prepare.destination import Destination
 from rat_megatron.data.prepare.documents import plan_units, read_documents
 from rat_megatron.data.prepare.inputs import list_files
 from rat_megatron.data.prepare.packing import pack
-from rat_megatron.data.prepare.pipeline import tokenizing
 from rat_megatron.data.prepare.settings import load_tokenizer, make_settings
-from rat_megatron.data.prepare.store import Destination
 
 VOCABULARY = 32000
 
@@ -66,12 +66,13 @@ def measure(folder: Path, text: list[Path] | None, tokenizer_name: str | None, m
         build_corpus(folder, vocab_size=VOCABULARY)
     tokenizer = load_tokenizer(tokenizer_name or str(folder / "tokenizer"))
     settings = make_settings(
-        tokenizer, "benchmark", eod_token=None, seq_length=4096, text_column="text", val_fraction=0.005, seed=1, deduplicate=False
-    )
+        tokenizer, "benchmark", eod_token=None, seq_length=4096, text_column="text", answer_column=None,
+        val_fraction=0.005, seed=1, deduplicate=False,
+    )  # fmt: skip
     texts = _read(text or [folder / "corpus"], megabytes)
     units = {}
     for name, path in _write_inputs(folder, texts).items():
-        [units[name]] = plan_units(list_files([path], excluded=folder / "out"), "text")
+        [units[name]] = plan_units(list_files([path], excluded=folder / "out"), ("text",))
     work = folder / "work"
     work.mkdir()
     runs: dict[str, Callable[[], Any]] = {}
@@ -106,8 +107,8 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def _read(paths: list[Path], megabytes: float) -> list[str]:
     texts, size = [], 0
-    for unit in plan_units(list_files(paths, excluded=Path("/nowhere")), "text"):
-        for document in read_documents(unit, "text"):
+    for unit in plan_units(list_files(paths, excluded=Path("/nowhere")), ("text",)):
+        for (document,) in read_documents(unit, ("text",)):
             texts.append(document)
             size += len(document)
             if size >= megabytes * 1e6:
@@ -126,8 +127,8 @@ def _write_inputs(folder: Path, texts: list[str]) -> dict[str, Path]:
 
 
 def _tokenizer_alone(tokenizer: Any, texts: list[str]) -> None:
-    for batch in tokenizing._batches(texts):
-        tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+    for batch in tokenizing._batches((text,) for text in texts):
+        tokenizer.backend_tokenizer.encode_batch_fast([text for (text,) in batch], add_special_tokens=False)
 
 
 def _packing_seconds(unit: Any, work: Path, tokenizer: Any, settings: Any) -> float:

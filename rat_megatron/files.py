@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rat_megatron.errors import UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
 
 @contextmanager

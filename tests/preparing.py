@@ -1,6 +1,7 @@
 """Helpers for the tests of `rat-megatron prepare`: a tokenizer of bytes, and what a finished data set says."""
 
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -79,7 +80,7 @@ def run_until_killed(step: str, after: int, *arguments, victim: str = "main", **
     if child == 0:
         try:
             module, name = step.rsplit(".", 1)
-            main, calls, original = os.getpid(), itertools.count(), getattr(sys.modules[module], name)
+            main, calls, original = os.getpid(), itertools.count(), getattr(importlib.import_module(module), name)
 
             @functools.wraps(original)
             def killing(*args, **kwargs):

@@ -18,9 +18,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rat_megatron.errors import UserError
+import typer
+
+from rat_megatron.errors import UserError, exit_2_on_bad_input
 
 EOD_TOKEN = "<|endoftext|>"
 PACKAGES = ("numpy", "networkx", "sympy")  # dependencies of torch, rich in explanatory prose
@@ -41,10 +43,10 @@ class CorpusTotals:
     seconds: float
 
 
-def build_corpus(output: Path, vocab_size: int = 4096) -> CorpusTotals:
-    """Writes OUTPUT/corpus/SOURCE.jsonl, one `{"text": ...}` a line, and a byte-level BPE tokenizer trained on it to OUTPUT/tokenizer.
-
-    Raises UserError when the vocabulary cannot hold the 256 bytes and the end-of-document token."""
+def build_corpus(
+    output: Path, vocab_size: Annotated[int, typer.Option(help="At least 257: all bytes and the end-of-document token.")] = 4096
+) -> CorpusTotals:
+    """Writes OUTPUT/corpus/SOURCE.jsonl, one {"text": ...} a line, and a byte-level BPE tokenizer trained on it to OUTPUT/tokenizer."""
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size} is too small: 256 bytes and {EOD_TOKEN} need at least 257.")
     start = time.perf_counter()
@@ -59,7 +61,12 @@ def build_corpus(output: Path, vocab_size: int = 4096) -> CorpusTotals:
                 documents, size = documents + 1, size + len(text.encode())
         bytes_per_source[source] = size
     learned = _train_tokenizer(folder, Path(output) / "tokenizer", vocab_size)
-    return CorpusTotals(documents, sum(bytes_per_source.values()), bytes_per_source, learned, time.perf_counter() - start)
+    totals = CorpusTotals(documents, sum(bytes_per_source.values()), bytes_per_source, learned, time.perf_counter() - start)
+    for source, size in bytes_per_source.items():
+        print(f"{source:>22}: {size / 1e6:6.2f} MB")
+    print(f"{documents:,} documents, {totals.text_bytes / 1e6:.2f} MB, vocabulary {learned:,}, {totals.seconds:.1f} s")
+    print(f"corpus: {folder}   tokenizer: {Path(output) / 'tokenizer'}")
+    return totals
 
 
 def _sources() -> dict[str, Iterator[str]]:
@@ -174,19 +181,6 @@ def _train_tokenizer(corpus: Path, output: Path, vocab_size: int) -> int:
     return len(wrapped)
 
 
-def _command(output: Path, vocab_size: int = 4096) -> None:
-    """Writes the sample corpus and its tokenizer. Example: python -m rat_megatron.data.corpus runs/sample --vocab-size 4096"""
-    totals = build_corpus(output, vocab_size)
-    for source, size in totals.bytes_per_source.items():
-        print(f"{source:>22}: {size / 1e6:6.2f} MB")
-    print(f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.2f} MB, vocabulary {totals.vocab_size:,}, {totals.seconds:.1f} s")
-    print(f"corpus: {output / 'corpus'}   tokenizer: {output / 'tokenizer'}")
-
-
 if __name__ == "__main__":
-    import typer
-
-    from rat_megatron.errors import exit_2_on_bad_input
-
     with exit_2_on_bad_input():
-        typer.run(_command)
+        typer.run(build_corpus)

@@ -23,13 +23,13 @@ def _texts(folder):
     return [json.loads(line)["text"] for path in sorted((folder / "corpus").glob("*.jsonl")) for line in open(path, encoding="utf-8")]
 
 
-def test_the_report_counts_what_was_written(built):
-    folder, report = built
+def test_the_totals_count_what_was_written(built):
+    folder, totals = built
     texts = _texts(folder)
-    assert report.documents == len(texts)
-    assert report.text_bytes == sum(len(text.encode()) for text in texts) == sum(report.bytes_per_source.values())
-    assert report.bytes_per_source["python_topics"] > 300_000
-    assert report.bytes_per_source["standard_library"] > 1_500_000
+    assert totals.documents == len(texts)
+    assert totals.text_bytes == sum(len(text.encode()) for text in texts) == sum(totals.bytes_per_source.values())
+    assert totals.bytes_per_source["python_topics"] > 300_000
+    assert totals.bytes_per_source["standard_library"] > 1_500_000
 
 
 def test_no_document_comes_twice_and_none_is_from_the_test_suite(built):

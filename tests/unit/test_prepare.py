@@ -74,7 +74,7 @@ def prepared(tmp_path_factory, inputs, tokenizer):
 
 
 def test_every_token_of_every_document_is_in_the_samples_once(prepared, texts, tokenizer):
-    output, report = prepared
+    output, data = prepared
     encode = PreTrainedTokenizerFast.from_pretrained(tokenizer).backend_tokenizer
     encode.encode_special_tokens = True
     expected = {text: [*encode.encode(text).ids, EOD] for text in texts}
@@ -90,22 +90,20 @@ def test_every_token_of_every_document_is_in_the_samples_once(prepared, texts, t
         found += in_order
         left_out = [ids for ids in whole[len(in_order) :]]
         assert len(left_out) <= 1, "at most the last document is cut"
-    assert (
-        sum(totals["tokens"] for totals in meta["splits"].values()) == sum(map(len, expected.values())) == meta["tokens"] == report.tokens
-    )
-    assert meta["documents"] == report.documents == len(texts)
+    assert sum(totals["tokens"] for totals in meta["splits"].values()) == sum(map(len, expected.values())) == meta["tokens"] == data.tokens
+    assert meta["documents"] == data.documents == len(texts)
     assert len(found) >= len(texts) - 2 * T, "the dropped tails hold few documents"
 
 
 def test_a_document_cannot_forge_an_end_of_document(prepared, texts):
     assert any("<|eod|>" in text for text in texts)
-    output, report = prepared
+    output, data = prepared
     ends = sum(int((stream_of(samples_of(output, split)) == EOD).sum()) for split in ("train", "val"))
-    assert report.documents - 2 * T <= ends <= report.documents
+    assert data.documents - 2 * T <= ends <= data.documents
 
 
 def test_rat_meta_describes_the_data(prepared):
-    output, report = prepared
+    output, data = prepared
     meta = json.loads((output / "rat_meta.json").read_text())
     assert (meta["format_version"], meta["seq_length"], meta["vocab_size"], meta["eod_id"], meta["token_dtype"]) == (
         1,
@@ -114,7 +112,7 @@ def test_rat_meta_describes_the_data(prepared):
         EOD,
         "uint16",
     )
-    for split, samples in (("train", report.train_samples), ("val", report.val_samples)):
+    for split, samples in (("train", data.train_samples), ("val", data.val_samples)):
         assert meta["splits"][split]["samples"] == samples == len(samples_of(output, split))
         shards = json.loads((output / split / "index.json").read_text())["shards"]
         assert all("xxh64" in shard["raw_data"]["hashes"] for shard in shards)
@@ -152,7 +150,7 @@ def test_the_split_follows_the_text_and_the_seed(prepared, texts, tokenizer, tmp
         ("packing._write_shard", 4),
         ("packing.write_json", 4),  # a shard is there, but not its entry
         ("packing.pack", 1),
-        ("store.write_json", 0),  # rat_meta.json
+        ("destination.write_json", 1),  # rat_meta.json
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_result(prepared, inputs, tokenizer, tmp_path, step, after):
@@ -168,12 +166,12 @@ def test_a_killed_run_goes_on_to_the_same_result(prepared, inputs, tokenizer, tm
     if step == "packing._write_shard":
         assert len([path for path in done_before if path.suffix == ".entry"]) == after
     kept = {path: path.open("rb") for path in done_before}  # still readable after the folder is gone
-    report = prepare([inputs], output, **options)
+    data = prepare([inputs], output, **options)
     assert contents(output) == contents(prepared[0])
     unfinished_shard = {output / ".unfinished" / "train" / "shard.00004.mds"}
     again = [path for path, file in kept.items() if os.fstat(file.fileno()).st_mtime_ns != done_before[path]]
     assert not set(again) - unfinished_shard, "what was finished was written again"
-    assert step == "tokenizing._encode" or report.tokens_per_second == 0, "nothing was left to tokenize"
+    assert step == "tokenizing._encode" or data.tokens_per_second == 0, "nothing was left to tokenize"
 
 
 def test_runs_killed_at_any_moment_lose_and_repeat_nothing(prepared, inputs, tokenizer, tmp_path):
@@ -207,11 +205,11 @@ def test_a_full_disk_ends_the_run_with_a_sentence(inputs, tokenizer, tmp_path, m
 
 
 def test_what_is_done_is_not_done_again(prepared, inputs, tokenizer, tmp_path, capsys):
-    output, report = prepared
+    output, data = prepared
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     again = prepare([inputs], output, **{**EXTRA, "tokenizer": tokenizer, "workers": 2})
     assert "complete already" in capsys.readouterr().out
-    assert again == PreparedData(report.documents, report.tokens, report.train_samples, report.val_samples, 0.0, 0.0)
+    assert again == PreparedData(data.documents, data.tokens, data.train_samples, data.val_samples, 0.0, 0.0)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 

@@ -52,19 +52,19 @@ def once(tmp_path_factory, texts, tokenizer):
 
 def test_only_the_first_copy_stays(inputs, once, texts, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packing, "SHARD_SAMPLES", 1 << 16)  # as for `once`
-    report = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
+    data = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
     assert contents(tmp_path / "data" / "train") == contents(once / "train")
     distinct = list(dict.fromkeys(texts))
-    assert (report.documents, report.duplicates) == (len(distinct), len(texts) - len(distinct))
-    assert f"{report.duplicates:,} of {len(texts):,} documents were copies" in capsys.readouterr().out
+    assert (data.documents, data.duplicates) == (len(distinct), len(texts) - len(distinct))
+    assert f"{data.duplicates:,} of {len(texts):,} documents were copies" in capsys.readouterr().out
     meta = json.loads((tmp_path / "data" / "rat_meta.json").read_text())
-    assert (meta["documents"], meta["duplicates"], meta["tokens"]) == (report.documents, report.duplicates, report.tokens)
+    assert (meta["documents"], meta["duplicates"], meta["tokens"]) == (data.documents, data.duplicates, data.tokens)
     assert meta["tokens"] == sum(len(text.encode()) + 1 for text in distinct)
 
 
 def test_without_the_option_copies_stay(inputs, texts, tokenizer, tmp_path):
-    report = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **{**OPTIONS, "deduplicate": False})
-    assert (report.documents, report.duplicates) == (len(texts), 0)
+    data = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **{**OPTIONS, "deduplicate": False})
+    assert (data.documents, data.duplicates) == (len(texts), 0)
 
 
 @pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("duplicates.drop_duplicates", 1), ("packing._write_shard", 7)])

@@ -6,9 +6,11 @@ import socket
 import threading
 from pathlib import Path
 
+import paramiko
 import pytest
 
 from rat_megatron.data.prepare import documents, packing
+from rat_megatron.data.prepare.destination import Destination, open_destination
 from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import UserError
 from tests.preparing import contents, run_until_killed, save_byte_tokenizer, write_lines
@@ -83,8 +85,6 @@ def s3():
 @pytest.fixture(scope="module")
 def sftp(tmp_path_factory):
     """An SFTP server over a folder: its address with user and password, and the folder."""
-    import paramiko
-
     root, key = tmp_path_factory.mktemp("sftp"), paramiko.RSAKey.generate(2048)
 
     class Login(paramiko.ServerInterface):
@@ -187,7 +187,7 @@ def test_a_store_gets_the_files_of_a_local_data_set(store, local, inputs, tokeni
         prepare([inputs], store.url, tokenizer=tokenizer, work_dir=work, **OPTIONS)
 
 
-@pytest.mark.parametrize("step, after", [("packing._write_shard", 4), ("store.write_json", 0)])
+@pytest.mark.parametrize("step, after", [("packing._write_shard", 4), ("destination.write_json", 1)])
 def test_a_killed_run_goes_on_and_uploads_no_shard_again(store, local, inputs, tokenizer, tmp_path, step, after):
     options = {**OPTIONS, "tokenizer": tokenizer, "work_dir": tmp_path / "work"}
     assert run_until_killed(f"rat_megatron.data.prepare.{step}", after, [inputs], store.url, **options) == -signal.SIGKILL
@@ -218,6 +218,25 @@ def test_a_store_that_cannot_be_used_is_named_before_the_work(s3, inputs, tokeni
     assert "\n" not in str(raised.value)
 
 
+def test_an_sftp_host_whose_key_is_not_known_is_refused(sftp, inputs, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "known_hosts").touch()
+    monkeypatch.setenv("COMPOSER_SFTP_KNOWN_HOSTS_FILE", str(tmp_path / "known_hosts"))
+    with pytest.raises(UserError, match="cannot be used, check the address and the credentials: .*not found in known_hosts"):
+        prepare([inputs], f"{sftp[0]}/unknown", tokenizer=tokenizer, work_dir=tmp_path / "work", **OPTIONS)
+
+
+def test_an_upload_goes_on_over_a_new_connection(sftp, tmp_path, monkeypatch):
+    address, root = sftp
+    opened = open_destination(f"{address}/reconnected", tmp_path)
+    monkeypatch.setattr(paramiko.SFTPClient, "put", lambda client, *_: client.sock.close() or client.stat("/"))  # the connection is lost
+    monkeypatch.setattr(opened, "close", lambda: monkeypatch.undo() or Destination.close(opened))  # before the second attempt
+    opened.work.mkdir()
+    for name in ("a.json", "b.json"):
+        (opened.work / name).write_text(name)
+        opened.upload(name)
+    assert contents(root / "reconnected") == {"a.json": b"a.json", "b.json": b"b.json"}
+
+
 def test_a_url_needs_a_folder_for_unfinished_work(inputs, tokenizer):
     with pytest.raises(UserError, match="--output s3://bucket/data is a URL: name a local folder for unfinished work with --work-dir"):
         prepare([inputs], "s3://bucket/data", tokenizer=tokenizer, **OPTIONS)
@@ -225,7 +244,7 @@ def test_a_url_needs_a_folder_for_unfinished_work(inputs, tokenizer):
 
 def test_a_store_that_fails_ends_the_run_with_a_sentence(local, inputs, tokenizer, tmp_path, monkeypatch):
     """A file lies where the folder of the shards belongs; without it the run goes on."""
-    monkeypatch.setattr("rat_megatron.data.prepare.store.ATTEMPTS", 1)
+    monkeypatch.setattr("rat_megatron.data.prepare.destination.ATTEMPTS", 1)
     target, options = tmp_path / "mounted", {**OPTIONS, "tokenizer": tokenizer, "work_dir": tmp_path / "work"}
     target.mkdir()
     (target / "val").write_text("in the way")

@@ -72,7 +72,7 @@ def _samples(output: Path, split: str) -> list[tuple[list[int], list[int]]]:
 
 
 def test_each_document_is_a_sample_that_says_where_its_answer_is(inputs, pairs, tokenizer, tmp_path, capsys):
-    report = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
+    data = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
     encode = PreTrainedTokenizerFast.from_pretrained(tokenizer).backend_tokenizer
     encode.encode_special_tokens = True
     expected = []
@@ -88,21 +88,21 @@ def test_each_document_is_a_sample_that_says_where_its_answer_is(inputs, pairs, 
     assert too_long > 5 and f"{too_long} more documents have over {T + 1} tokens" in capsys.readouterr().out
     meta = json.loads((tmp_path / "data" / "rat_meta.json").read_text())
     assert (meta["answer_column"], meta["too_long"], meta["documents"]) == ("answer", too_long, len(expected))
-    assert (report.too_long, report.train_samples, report.val_samples) == (too_long, len(train), len(val))
-    assert meta["tokens"] == sum(place[1] for _, place in expected) == report.tokens
+    assert (data.too_long, data.train_samples, data.val_samples) == (too_long, len(train), len(val))
+    assert meta["tokens"] == sum(place[1] for _, place in expected) == data.tokens
 
 
 @pytest.mark.parametrize("step, after", [("tokenizing._encode", 5), ("packing._write_shard", 3), ("duplicates.drop_duplicates", 1)])
 def test_a_killed_run_ends_as_the_uninterrupted_one_and_copies_are_dropped(inputs, pairs, tokenizer, tmp_path, step, after):
     options = {**OPTIONS, "tokenizer": tokenizer, "deduplicate": True}
-    report = prepare([inputs], tmp_path / "plain", **options)
+    data = prepare([inputs], tmp_path / "plain", **options)
     assert run_until_killed(f"rat_megatron.data.prepare.{step}", after, [inputs], tmp_path / "killed", **options) == -signal.SIGKILL
     prepare([inputs], tmp_path / "killed", **{**options, "workers": 2})
     assert contents(tmp_path / "killed") == contents(tmp_path / "plain")
     prepare([_write_pairs(tmp_path / "once.jsonl", dict.fromkeys(pairs))], tmp_path / "once", **{**options, "deduplicate": False})
     for split in ("train", "val"):
         assert _samples(tmp_path / "plain", split) == _samples(tmp_path / "once", split)
-    assert report.duplicates >= 45
+    assert data.duplicates >= 45
 
 
 def test_only_the_answer_and_its_end_count_beside_plain_text_too(inputs, tokenizer, tmp_path):

@@ -77,10 +77,10 @@ def test_a_shard_that_vanishes_or_shrinks_after_the_start_is_named(data, workers
 
 
 def test_each_shard_is_compared_with_its_hash_once(data, monkeypatch):
-    from rat_megatron.data.loader import shards
+    from rat_megatron.data.loader import checked_dataset
 
     compared = []
-    monkeypatch.setattr(shards, "damage", lambda path, info: compared.append(path.name))
+    monkeypatch.setattr(checked_dataset, "damage", lambda path, info: compared.append(path.name))
     ids_of(islice(batches_of(str(data)), 2 * EPOCH))
     assert sorted(compared) == sorted(path.name for path in (data / "train").glob("*.mds"))
 

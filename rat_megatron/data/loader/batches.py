@@ -16,7 +16,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def train_batches(
     micro_batch_size microbatches in a row. Of remote shards, at most about `cache_limit` bytes stay in the folder `cache`, validation
     included. Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the environment; beyond one rank, torch.distributed is
     initialized. Raises UserError, also while iterated, for shards that are damaged or cannot be had, and when a worker dies."""
-    from rat_megatron.data.loader.shards import CheckedDataset
+    from rat_megatron.data.loader.checked_dataset import CheckedDataset
 
     share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
     if consumed_samples % global_batch_size:
@@ -121,14 +121,14 @@ def validation_batches(
 
     The samples are spread evenly over the validation splits and in the order of the data; the share of a stream is its weight, or its size.
     They are the same for any number of ranks, and none comes twice. Collective when constructed, not when iterated."""
-    from rat_megatron.data.loader.shards import CheckedDataset
+    from rat_megatron.data.loader.checked_dataset import CheckedDataset
 
     share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
     sizes = [samples_of(stream, "val", cache) for stream in streams]
     indices = _spread(streams, sizes, num_samples - num_samples % global_batch_size, global_batch_size)
     with claiming_shared_memory():
         dataset = CheckedDataset(
-            streams=_streaming_streams([Stream(stream.path) for stream in streams], "val", cache),
+            streams=_streaming_streams(streams, "val", cache),
             batch_size=share,
             replication=_replication(data_parallel),
         )
@@ -200,14 +200,15 @@ def _place(dataset: Any, data_parallel: tuple[int, int]) -> None:
 
 
 def _streaming_streams(streams: list[Stream], split: str, cache: str | None) -> list[Any]:
-    """Streaming's own stream objects: local folders are read in place, URLs through a cache folder of their own per split."""
-    from rat_megatron.data.loader.shards import CheckedStream
+    """Streaming's own stream objects: local folders are read in place, URLs through a cache folder of their own per split. Weights are
+    for training: validation chooses its samples itself."""
+    from rat_megatron.data.loader.checked_dataset import CheckedStream
 
     def one(stream: Stream) -> CheckedStream:
+        weight, address = stream.weight if split == "train" else None, f"{stream.path}/{split}"
         if not stream.is_remote:
-            return CheckedStream(local=f"{stream.path}/{split}", proportion=stream.weight)
-        local = str(cache_folder(stream, cache) / split)
-        return CheckedStream(remote=f"{stream.path}/{split}", local=local, proportion=stream.weight)
+            return CheckedStream(stream.downloader, local=address, proportion=weight)
+        return CheckedStream(stream.downloader, remote=address, local=str(cache_folder(stream, cache) / split), proportion=weight)
 
     return [one(stream) for stream in streams]
 
@@ -244,19 +245,22 @@ def _batches(loader: DataLoader) -> Generator[tuple[torch.Tensor, torch.Tensor, 
 
 
 def _explain_dead_workers() -> None:
-    """Torch raises from its handler of SIGCHLD as soon as a worker dies: puts our sentence in the place of its own."""
     handler = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or getattr(handler, "explains", False) or not callable(handler):
-        return
+    if threading.current_thread() is threading.main_thread() and callable(handler) and not isinstance(handler, _Explaining):
+        signal.signal(signal.SIGCHLD, _Explaining(handler))
 
-    def explain(number: int, frame: Any) -> None:
+
+class _Explaining:
+    """Torch raises from its handler of SIGCHLD as soon as a worker dies: puts our sentence in the place of its own."""
+
+    def __init__(self, handler: Callable[[int, Any], Any]) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: Any) -> None:
         try:
-            handler(number, frame)
+            self._handler(number, frame)
         except RuntimeError as error:
             raise _dead_worker(error) or error from None
-
-    explain.explains = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGCHLD, explain)
 
 
 def _dead_worker(error: Exception) -> UserError | None:

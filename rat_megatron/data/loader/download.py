@@ -3,7 +3,6 @@ with growing pauses, and a file gets its name only once its size and hash are ri
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -11,25 +10,20 @@ import random
 import threading
 import time
 import uuid
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 import xxhash
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    retry_if_not_exception_type,
-    stop_after_delay,
-    wait_exponential,
-)
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from rat_megatron.data.format import SHARD_HASH
 from rat_megatron.errors import UserError, one_line
+from rat_megatron.files import DISK_FULL
 
 if TYPE_CHECKING:
     from streaming.base.format import FileInfo
+    from streaming.base.storage.download import CloudDownloader
 
 ATTEMPT_SECONDS = 120.0  # for one file
 PATIENCE_SECONDS = 300.0  # of failures, after which the last attempt begins: in all less than the 10 minutes that other ranks wait
@@ -41,88 +35,87 @@ log = logging.getLogger(__name__)
 _FINAL = {"401", "403", "404", "NoSuchKey", "NoSuchBucket", "AccessDenied"}  # waiting does not help
 
 
-class Connections:
-    """Streaming's downloaders, with their connections, one for each host; a fork gets its own."""
+class Downloader:
+    """Fetches the files of one store, over connections that end with this object, and that no fork takes over from its parent."""
 
-    def __init__(self):
-        self._downloaders: dict[tuple[int, str, str], Any] = {}
+    def __init__(self) -> None:
+        self._connected: tuple[int, CloudDownloader] | None = None  # the process, and Streaming's downloader there
 
-    def to(self, url: str) -> Any:
-        from streaming.base.storage.download import CloudDownloader
+    def download(self, url: str, path: Path, expected: FileInfo | None = None) -> None:
+        """Fetches `url` to `path`, which appears whole, with the size and hash that are expected, or not at all.
 
-        parts = urlparse(url)
-        key = (os.getpid(), parts.scheme, parts.netloc)
-        if key not in self._downloaders:
-            self._downloaders[key] = CloudDownloader.get(url)
-        return self._downloaders[key]
+        Repeats what fails, and says so. Raises UserError when the file is not there or not what is expected, when the store does not
+        recover in time, and when the disk is full."""
+        started, damaged = time.monotonic(), 0
 
-    def forget(self) -> None:
-        """After a failure, whose connection may be at fault."""
-        self._downloaders.clear()
-
-
-def download(url: str, path: Path, expected: FileInfo | None = None, connections: Connections | None = None) -> None:
-    """Fetches `url` to `path`, which appears whole, with the size and hash that are expected, or not at all.
-
-    Repeats what fails, and says so. Raises UserError when the file is not there or not what is expected, when the store does not
-    recover in time, and when the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connections = connections or Connections()
-    damaged = 0
-
-    def once() -> None:
-        nonlocal damaged
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
-        try:
-            _fetch(url, part, connections)
-            problem = expected and damage(part, expected)
-            if not problem:
+        def attempt() -> None:
+            nonlocal damaged
+            part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+            try:
+                self._fetch(url, part)
+                if expected and (problem := damage(part, expected)):
+                    damaged += 1
+                    raise _DamagedCopy(problem)
                 os.replace(part, path)
-                return
+            finally:
+                part.unlink(missing_ok=True)
+
+        def warn(failed: RetryCallState) -> None:
+            error = failed.outcome and failed.outcome.exception()
+            problem, pause = error and one_line(error), failed.upcoming_sleep
+            log.warning("%s: attempt %d failed (%s), the next in %.1f s", url, failed.attempt_number, problem, pause)
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        attempts = Retrying(
+            retry=retry_if_exception(lambda error: damaged < DAMAGED_COPIES and not _is_final(error)),
+            stop=stop_after_delay(PATIENCE_SECONDS),
+            wait=wait_exponential(FIRST_PAUSE, LONGEST_PAUSE),
+            sleep=lambda seconds: time.sleep(seconds * random.uniform(0.5, 1.5)),  # not all ranks at once
+            before_sleep=warn,
+            reraise=True,
+        )
+        try:
+            attempts(attempt)
         except Exception as error:  # each storage service raises its own
             if _disk_is_full(error):
                 raise UserError(
                     f"no space is left in the cache folder {path.parent} for {url}: free some, or give a lower --rat-data-cache-limit, "
                     "or --data-cache-path on another disk"
                 ) from error
-            raise (_Final if _is_final(error) else _Failed)(one_line(error)) from error
-        finally:
-            part.unlink(missing_ok=True)
-        damaged += 1
-        if damaged == DAMAGED_COPIES:
-            raise UserError(f"{url} {problem}, also when downloaded again: copy or prepare the data anew")
-        raise _Failed(problem)
+            if damaged == DAMAGED_COPIES:
+                raise UserError(f"{url} {error}, also when downloaded again: copy or prepare the data anew") from error
+            tried = f"attempt {attempts.statistics['attempt_number']}: {one_line(error)}"
+            raise UserError(f"{url} cannot be downloaded ({tried}): check that it is there, the address and the credentials") from error
+        if (number := attempts.statistics["attempt_number"]) > 1:
+            log.warning("%s: downloaded at attempt %d, after %.1f s", url, number, time.monotonic() - started)
 
-    def say(state: RetryCallState) -> None:
-        log.warning(
-            "%s: attempt %d failed (%s), the next in %.1f s", url, state.attempt_number, state.outcome.exception(), state.upcoming_sleep
-        )
+    def _fetch(self, url: str, path: Path) -> None:
+        """One attempt, in a thread that is left behind if it does not end: not every downloader of Streaming heeds its timeout."""
+        outcome: Future[None] = Future()
 
-    attempts = Retrying(
-        retry=retry_if_exception_type(_Failed) & retry_if_not_exception_type(_Final),
-        stop=stop_after_delay(PATIENCE_SECONDS),
-        wait=wait_exponential(FIRST_PAUSE, LONGEST_PAUSE),
-        sleep=lambda seconds: time.sleep(seconds * random.uniform(0.5, 1.5)),  # not all ranks at once
-        before_sleep=say,
-        reraise=True,
-    )
-    try:
-        attempts(once)
-    except _Failed as error:
-        number = attempts.statistics["attempt_number"]
-        raise UserError(
-            f"{url} cannot be downloaded (attempt {number}: {error}): check that it is there, the address and the credentials"
-        ) from error
-    if (number := attempts.statistics["attempt_number"]) > 1:
-        log.warning("%s: downloaded at attempt %d, after %.1f s", url, number, attempts.statistics["delay_since_first_attempt"])
+        def run() -> None:
+            try:
+                self._connect(url).download(url, str(path), ATTEMPT_SECONDS)
+                outcome.set_result(None)
+            except Exception as error:
+                outcome.set_exception(error)
 
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            outcome.result(ATTEMPT_SECONDS)
+        except Exception:
+            self._connected = None  # the next attempt begins with a new connection
+            if not outcome.done():
+                raise TimeoutError(f"not complete within {ATTEMPT_SECONDS:.0f} s") from None
+            raise
 
-class _Failed(Exception):
-    """An attempt that may go better another time."""
+    def _connect(self, url: str) -> CloudDownloader:
+        from streaming.base.storage.download import CloudDownloader
 
-
-class _Final(_Failed):
-    """One that will not."""
+        connected = self._connected  # another thread may drop it
+        if connected is None or connected[0] != os.getpid():
+            self._connected = connected = os.getpid(), CloudDownloader.get(url)
+        return connected[1]
 
 
 def damage(path: Path, expected: FileInfo) -> str | None:
@@ -140,41 +133,23 @@ def remove_unfinished(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fetch(url: str, path: Path, connections: Connections) -> None:
-    """One attempt, in a thread that is left behind if it does not end: not every downloader of Streaming heeds its timeout."""
-    outcome: list[Exception | None] = []
-
-    def run() -> None:
-        try:
-            connections.to(url).download(url, str(path), ATTEMPT_SECONDS)
-            outcome.append(None)
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(ATTEMPT_SECONDS)
-    if not outcome or outcome[0] is not None:
-        connections.forget()
-    if not outcome:
-        raise TimeoutError(f"not complete within {ATTEMPT_SECONDS:.0f} s")
-    if outcome[0] is not None:
-        raise outcome[0]
+class _DamagedCopy(Exception):
+    """What was downloaded is not what index.json says."""
 
 
-def _is_final(error: Exception) -> bool:
-    """Whether the store has answered, and will answer the same again: no such file, no permission, no such kind of address."""
+def _is_final(error: BaseException) -> bool:
+    """Whether waiting does not help: no such file, no permission, no such kind of address, a full disk, or the program is to end."""
     response: Any = getattr(error, "response", None)
     codes = [getattr(error, "code", None), getattr(error, "status_code", None), getattr(response, "status_code", None)]
     if isinstance(response, dict):
         codes.append(response.get("Error", {}).get("Code"))
-    without_answer = (FileNotFoundError, PermissionError, ImportError, ValueError)
-    return isinstance(error, without_answer) or type(error).__name__ == "NoCredentialsError" or bool(_FINAL & set(map(str, codes)))
+    answered = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError) or _FINAL & set(map(str, codes))
+    return bool(answered or type(error).__name__ == "NoCredentialsError" or _disk_is_full(error) or not isinstance(error, Exception))
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

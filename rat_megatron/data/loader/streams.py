@@ -8,11 +8,12 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rat_megatron.data.format import FORMAT_VERSION, INDEX_FILE, META_FILE, SHARD_HASH, SPLITS
-from rat_megatron.data.loader.download import download
+from rat_megatron.data.loader.download import Downloader
 from rat_megatron.errors import UserError
 
 SHARDS_AT_LEAST = 4  # in a cache with a limit; Streaming asks for as many
@@ -28,6 +29,11 @@ class Stream:
     @property
     def is_remote(self) -> bool:
         return "://" in self.path
+
+    @cached_property
+    def downloader(self) -> Downloader:
+        """What fetches the files of a remote stream."""
+        return Downloader()
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def read_meta(stream: Stream, cache: str | None) -> dict[str, Any]:
     if stream.is_remote:
         path = cache_folder(stream, cache) / f"{META_FILE}.{os.getpid()}"  # every rank fetches its own: no barrier needed
         path.unlink(missing_ok=True)
-        download(f"{stream.path}/{META_FILE}", path)
+        stream.downloader.download(f"{stream.path}/{META_FILE}", path)
     try:
         meta = json.loads(path.read_text())
     except FileNotFoundError:
@@ -211,7 +217,7 @@ def cache_folder(stream: Stream, cache: str | None) -> Path:
 
 def _download_index(stream: Stream, split: str, cache: str | None) -> None:
     """Puts the store's index where Streaming looks for it. Every rank does so, and each replaces it as a whole."""
-    download(f"{stream.path}/{split}/{INDEX_FILE}", _index_path(stream, split, cache))
+    stream.downloader.download(f"{stream.path}/{split}/{INDEX_FILE}", _index_path(stream, split, cache))
 
 
 def _index_path(stream: Stream, split: str, cache: str | None) -> Path:

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from rat_megatron.data.prepare.inputs import InputFile
-from rat_megatron.data.prepare.pool import DISK_FULL
 from rat_megatron.errors import UserError, one_line
+from rat_megatron.files import DISK_FULL
 
 UNIT_BYTES = 32 << 20  # of text, about; fixed, so that units do not depend on the number of workers
 PLANNING_THREADS = 32  # wait for the footers of Parquet files on the Hub
@@ -77,15 +77,13 @@ def retrying[T](file: InputFile, function: Callable[..., T], *arguments: Any) ->
     """The result of function(*arguments), which reads `file`; from the Hub it is tried several times. Raises UserError when all fail."""
     if not file.is_remote:
         return function(*arguments)
-    attempts = Retrying(
-        retry=retry_if_exception_type(OSError), stop=stop_after_attempt(HUB_ATTEMPTS), wait=wait_exponential(1), reraise=True
-    )
+    failed, wait = retry_if_exception_type(OSError), wait_exponential_jitter(jitter=0.5)
     try:
-        return attempts(function, *arguments)
+        return Retrying(retry=failed, stop=stop_after_attempt(HUB_ATTEMPTS), wait=wait, reraise=True)(function, *arguments)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
-        raise UserError(f"{file.location} cannot be read, start the same command again to go on: {one_line(error)}") from error
+        raise UserError(f"{file.location} cannot be read, start the same command again to go on: {one_line(error)}.") from error
 
 
 def _unit(files: list[InputFile], begin: int, end: int, size: int) -> Unit:
@@ -150,7 +148,7 @@ def _readable(file: InputFile) -> Iterator[None]:
             raise
         kind = {"parquet": "Parquet", "arrow": "Arrow"}.get(file.format)
         what = f"is not a readable {kind} file" if kind and isinstance(error, pyarrow.ArrowInvalid) else "cannot be read"
-        raise UserError(f"{file.location} {what}: {one_line(error)}") from error
+        raise UserError(f"{file.location} {what}: {one_line(error)}.") from error
 
 
 def _open(file: InputFile) -> BinaryIO:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from rat_megatron.data.format import INDEX_FILE, SHARD_HASH, hash_of
-from rat_megatron.data.prepare.duplicates import read_index
+from rat_megatron.data.prepare.destination import Destination
+from rat_megatron.data.prepare.duplicates import read_records, read_tokens
 from rat_megatron.data.prepare.pool import run_in_workers
 from rat_megatron.data.prepare.settings import Settings
-from rat_megatron.data.prepare.store import Destination
 from rat_megatron.data.prepare.tokenizing import Part, sample_type
 from rat_megatron.files import write_json
 
@@ -145,33 +145,6 @@ def _pieces(packing: Packing, begin: int, end: int) -> Iterator[np.ndarray]:
     while number < len(packing.parts) and packing.begins[number] < end:
         part, offset = packing.parts[number], int(packing.begins[number])
         within = max(0, begin - offset), min(int(packing.begins[number + 1]), end) - offset
-        if within[0] < within[1] and settings.answer_column:
-            yield _read_records(part, *within, settings)
-        elif within[0] < within[1]:
-            read = _read_kept if len(part.dropped) else _read_all
-            yield read(part, *within, settings.token_dtype)
+        if within[0] < within[1]:
+            yield (read_records if settings.answer_column else read_tokens)(part, *within, settings)
         number += 1
-
-
-def _read_all(part: Part, begin: int, end: int, dtype: str) -> np.ndarray:
-    return np.fromfile(part.tokens_file, dtype, end - begin, offset=begin * np.dtype(dtype).itemsize)
-
-
-def _read_kept(part: Part, begin: int, end: int, dtype: str) -> np.ndarray:
-    """[begin, end) counts the tokens of the documents that are kept."""
-    lengths = read_index(part)["tokens"].astype(np.int64)
-    kept = np.ones(len(lengths), bool)
-    kept[part.dropped] = False
-    kept_ends, ends = np.cumsum(lengths * kept), np.cumsum(lengths)
-    first, last = np.searchsorted(kept_ends, begin, side="right"), np.searchsorted(kept_ends, end, side="left")  # documents
-    ids = _read_all(part, int(ends[first] - lengths[first]), int(ends[last]), dtype)
-    ids = ids[np.repeat(kept[first : last + 1], lengths[first : last + 1])]
-    skipped = begin - int(kept_ends[first] - lengths[first])
-    return ids[skipped : skipped + end - begin]
-
-
-def _read_records(part: Part, begin: int, end: int, settings: Settings) -> np.ndarray:
-    """The samples [begin, end) of a part, counted among the documents that are kept; `end` is above `begin`."""
-    kept = np.delete(np.arange(part.documents + len(part.dropped)), part.dropped)[begin:end]
-    dtype, first = sample_type(settings), int(kept[0])
-    return np.fromfile(part.tokens_file, dtype, int(kept[-1]) - first + 1, offset=first * dtype.itemsize)[kept - first]

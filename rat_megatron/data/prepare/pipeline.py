@@ -1,33 +1,38 @@
-"""Text -> MDS: turns documents into samples of T+1 token ids for `rat_megatron.data.loader.batches`.
+"""`rat-megatron prepare`: turns documents into samples of T+1 token ids, as MDS, for `rat_megatron.data.loader.batches`.
 
 The inputs (`inputs.py`) are cut into units that depend on the inputs alone (`documents.py`). Worker processes turn each unit into a file of
 token ids per split (`tokenizing.py`), repeated documents are found (`duplicates.py`), and workers pack the ids, in input order, into MDS
-shards (`packing.py`), which go to a folder or a store (`store.py`). Unfinished work stays in a folder of its own, where every file appears
-by a rename, and rat_meta.json comes last: a run killed at any moment goes on when started again, its result does not depend on the
+shards (`packing.py`), which go to a folder or a store (`destination.py`). Unfinished work stays in a folder of its own, where every file
+appears by a rename, and rat_meta.json comes last: a run killed at any moment goes on when started again, its result does not depend on the
 interruption or on the number of workers, and unfinished data never looks complete.
 Disk space needed while it runs: twice the token ids; once, when the output is a store.
+
+A document ends with the end-of-document id, none begins with a special one, and special tokens spelled out in the text are encoded as
+ordinary text. So every token but the first of a split is predicted exactly once, except a tail of fewer than T tokens at its end, which is
+dropped. With answers, each document is a sample of its own instead, and those of more than T+1 tokens are left out and counted. Whether a
+document is held out depends on a hash of its text, or prompt, and the seed alone: copies of a document fall on the same side.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rat_megatron.data.format import INDEX_FILE, META_FILE, SPLITS, hash_of
+from rat_megatron.data.format import SPLITS, hash_of
 from rat_megatron.data.prepare.inputs import list_files
 from rat_megatron.data.prepare.settings import Settings, load_tokenizer, make_settings
-from rat_megatron.data.prepare.store import Destination, open_destination
 from rat_megatron.errors import UserError
-from rat_megatron.files import write_json
+
+if TYPE_CHECKING:
+    from rat_megatron.data.prepare.destination import Destination
+    from rat_megatron.data.prepare.documents import Unit
 
 TOKENIZER = "tokenizer"
 
@@ -77,143 +82,42 @@ def prepare(
     ] = None,
 ) -> PreparedData:
     """Turn text into token samples for training (MDS). The same command goes on where a killed run stopped."""
-    # A sample is one column `tokens`: T+1 ids, the first being the last of the sample before. Each document ends with the end-of-document
-    # id, none begins with a special one, and special tokens spelled out in the text are encoded as ordinary text. So every token but the
-    # first of a split is predicted exactly once, except a tail of fewer than T tokens at the end of a split, which is dropped.
-    # Whether a document is held out depends on a hash of its text and `seed` alone: copies of a document fall on the same side. With
-    # `deduplicate` only the first of all documents with the same text is kept.
-    #
-    # With `answer_column` each document, a prompt (`text_column`) and its answer, is a sample of its own for fine-tuning, with a second
-    # column that says where the answer is (`format.py`). Documents of more than T+1 tokens are left out and counted. The hash is then the
-    # prompt's, and copies have the same prompt and answer.
-    #
-    # inputs: files, folders or hf://NAME[@REVISION], with `subset` and `split`: see `list_files`.
-    # output: a folder, or the URL of a store; then unfinished work is kept in a folder of its own inside `work_dir`.
-    # tokenizer: a Hugging Face name or a local folder.
-    # Raises UserError for bad input, and when OUTPUT holds anything but this very data set, finished or not.
+    # Here, so that --help does not wait for numpy, pyarrow and the clients of the stores.
+    from rat_megatron.data.prepare.destination import open_destination
     from rat_megatron.data.prepare.documents import plan_units
-    from rat_megatron.data.prepare.duplicates import drop_duplicates
-    from rat_megatron.data.prepare.packing import pack, samples_in
-    from rat_megatron.data.prepare.tokenizing import tokenize
 
     started = time.perf_counter()
-    _check_numbers(seq_length, workers, val_fraction)
-    if answer_column == text_column:
-        raise UserError(f"--answer-column {answer_column} is the --text-column too: name the column with the prompt by --text-column.")
+    _check_flags(seq_length, workers, val_fraction, text_column, answer_column)
     loaded = load_tokenizer(tokenizer)
     settings = make_settings(
         loaded, tokenizer, eod_token=eod_token, seq_length=seq_length, text_column=text_column,
         val_fraction=val_fraction, seed=seed, deduplicate=deduplicate, answer_column=answer_column,
     )  # fmt: skip
-    destination = open_destination(output, work_dir)
-    files = list_files(inputs, Path(work_dir or output), subset, split)
-    inputs_hash = hash_of([(file.name, file.size) for file in files])
-
-    finished = _finished(destination, settings, inputs_hash)
-    if finished is not None:
-        return finished
-    units = plan_units(files, settings.columns)
-    with _exclusive(destination, settings):
-        _write_tokenizer(loaded, destination)
-        parts, rate = tokenize(units, destination.work, loaded, settings, workers)
-        found, too_long = (sum(getattr(part, what) for split in SPLITS for part in parts[split]) for what in ("documents", "too_long"))
-        if deduplicate:
-            parts = {split: drop_duplicates(parts[split]) for split in SPLITS}
-        splits = {
-            split: {
-                "documents": sum(part.documents for part in parts[split]),
-                "tokens": sum(part.tokens for part in parts[split]),
-                "samples": samples_in(parts[split], settings),
-            }
-            for split in SPLITS
-        }
-        documents, tokens = (sum(total[what] for total in splits.values()) for what in ("documents", "tokens"))
-        if not splits["train"]["samples"]:
-            shutil.rmtree(destination.work)
-            few = f"{tokens} tokens, too few for one" if answer_column is None else f"{documents} documents that fit and none for a"
-            long = f" ({too_long} have more than {seq_length + 1} tokens)" if too_long else ""
-            raise UserError(f"the inputs hold {few} training sample of --seq-length {seq_length}{long}: give more text.")
-        for split in SPLITS:
-            pack(parts[split], split, settings, destination, workers)
-        totals = {"documents": documents, "duplicates": found - documents, "too_long": too_long, "tokens": tokens, "splits": splits}
-        destination.publish([*SPLITS, TOKENIZER], {**asdict(settings), "inputs_hash": inputs_hash, **totals})
-    seconds = time.perf_counter() - started
-    print(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s, {seconds:.1f} s in all")
-    if deduplicate:
-        print(f"{found - documents:,} of {found:,} documents were copies of an earlier one and are left out")
-    if too_long:
-        print(f"{too_long:,} more documents have over {seq_length + 1:,} tokens with their end, and are left out")
-    train, val = (splits[split]["samples"] for split in SPLITS)
-    print(f"{destination.shown}: {train:,} training and {val:,} validation samples of {seq_length} tokens")
-    if val_fraction and not val:
-        print(f"no validation split: --val-fraction {val_fraction} leaves fewer than {seq_length + 1} tokens for it")
-    return _prepared(totals, seconds, rate)
+    with closing(open_destination(output, work_dir)) as destination:
+        files = list_files(inputs, Path(work_dir or output), subset, split)
+        facts = {**asdict(settings), "inputs_hash": hash_of([(file.name, file.size) for file in files])}
+        if (meta := destination.finished(facts)) is not None:
+            print(f"{destination.shown} is complete already: {meta['documents']:,} documents, {meta['tokens']:,} tokens; nothing to do")
+            return _totals(meta, 0.0, 0.0)
+        units = plan_units(files, settings.columns)
+        with destination.exclusive(asdict(settings)):
+            _write_tokenizer(loaded, destination)
+            counts, rate = _write_samples(units, loaded, settings, destination, workers)
+            destination.publish([*SPLITS, TOKENIZER], {**facts, **counts})
+        totals = _totals(counts, time.perf_counter() - started, rate)
+        _print(totals, settings, destination.shown)
+    return totals
 
 
-def _check_numbers(seq_length: int, workers: int, val_fraction: float) -> None:
+def _check_flags(seq_length: int, workers: int, val_fraction: float, text_column: str, answer_column: str | None) -> None:
     if seq_length < 1:
         raise UserError(f"--seq-length {seq_length} must be at least 1.")
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1.")
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1.")
-
-
-def _prepared(meta: dict[str, Any], seconds: float, rate: float) -> PreparedData:
-    train, val = (meta["splits"][split]["samples"] for split in SPLITS)
-    return PreparedData(meta["documents"], meta["tokens"], train, val, seconds, rate, meta.get("duplicates", 0), meta.get("too_long", 0))
-
-
-def _finished(destination: Destination, settings: Settings, inputs_hash: str) -> PreparedData | None:
-    """The report of a data set that is complete already, or None."""
-    address, output = destination.shown, Path(destination.address)
-    meta = destination.read_json(META_FILE)
-    if meta is not None:
-        _compare(address, meta, {**asdict(settings), "inputs_hash": inputs_hash}, "already holds a data set made")
-        shutil.rmtree(destination.work, ignore_errors=True)  # killed between its last two steps
-        print(f"{address} is complete already: {meta['documents']:,} documents, {meta['tokens']:,} tokens; nothing to do")
-        return _prepared(meta, 0.0, 0.0)
-    if (destination.work / "settings.json").is_file():
-        return None
-    if destination.is_store:
-        foreign = destination.read_json(f"train/{INDEX_FILE}") is not None
-    else:
-        foreign = output.is_dir() and not destination.work.is_dir() and any(output.iterdir())
-    if foreign:
-        raise UserError(f"--output {address} is not empty and was not written by this command: give another folder.")
-    return None
-
-
-def _compare(address: str, there: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    there = {"deduplicate": False, "answer_column": None, **there}  # older data sets do not say so
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            change = "other input files" if name == "inputs_hash" else f"{name} {there.get(name)}, not {value}"
-            raise UserError(f"--output {address} {what} with {change}: give another folder, or delete this one.")
-
-
-@contextmanager
-def _exclusive(destination: Destination, settings: Settings) -> Iterator[None]:
-    """Holds the folder of unfinished work: one run at a time, all with the same settings."""
-    from filelock import FileLock, Timeout
-
-    work = destination.work
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / "lock", timeout=10)  # the workers of a killed run hold it until they notice
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another run is writing to --output {destination.shown}: wait for it, or give another folder.") from None
-    try:
-        stored = work / "settings.json"
-        if any(work.glob("*.train")):  # before the first unit is done, nothing is lost by other settings
-            _compare(destination.shown, json.loads(stored.read_text()), asdict(settings), "holds an unfinished run")
-        for path in work.glob("*.tmp"):  # of a killed run
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_json(stored, asdict(settings))
-        yield
-    finally:
-        lock.release()
+    if answer_column == text_column:
+        raise UserError(f"--answer-column {answer_column} is the --text-column too: name the column with the prompt by --text-column.")
 
 
 def _write_tokenizer(tokenizer: Any, destination: Destination) -> None:
@@ -223,3 +127,54 @@ def _write_tokenizer(tokenizer: Any, destination: Destination) -> None:
     tokenizer.save_pretrained(folder)
     for path in sorted(folder.iterdir()):
         destination.upload(f"{TOKENIZER}/{path.name}")
+
+
+def _write_samples(
+    units: list[Unit], tokenizer: Any, settings: Settings, destination: Destination, workers: int
+) -> tuple[dict[str, Any], float]:
+    """Writes the shards of both splits; the counts of rat_meta.json, and the tokens per second of tokenizing."""
+    from rat_megatron.data.prepare.duplicates import drop_duplicates
+    from rat_megatron.data.prepare.packing import pack, samples_in
+    from rat_megatron.data.prepare.tokenizing import tokenize
+
+    parts, rate = tokenize(units, destination.work, tokenizer, settings, workers)
+    found, too_long = (sum(getattr(part, what) for split in SPLITS for part in parts[split]) for what in ("documents", "too_long"))
+    if settings.deduplicate:
+        parts = {split: drop_duplicates(parts[split]) for split in SPLITS}
+    splits = {
+        split: {
+            "documents": sum(part.documents for part in parts[split]),
+            "tokens": sum(part.tokens for part in parts[split]),
+            "samples": samples_in(parts[split], settings),
+        }
+        for split in SPLITS
+    }
+    documents, tokens = (sum(counts[what] for counts in splits.values()) for what in ("documents", "tokens"))
+    if not splits["train"]["samples"]:
+        shutil.rmtree(destination.work)
+        few = f"{tokens} tokens, too few for one" if settings.answer_column is None else f"{documents} documents that fit and none for a"
+        long = f" ({too_long} have more than {settings.seq_length + 1} tokens)" if too_long else ""
+        raise UserError(f"the inputs hold {few} training sample of --seq-length {settings.seq_length}{long}: give more text.")
+    for split in SPLITS:
+        pack(parts[split], split, settings, destination, workers)
+    return {"documents": documents, "duplicates": found - documents, "too_long": too_long, "tokens": tokens, "splits": splits}, rate
+
+
+def _totals(meta: dict[str, Any], seconds: float, rate: float) -> PreparedData:
+    train, val = (meta["splits"][split]["samples"] for split in SPLITS)
+    return PreparedData(meta["documents"], meta["tokens"], train, val, seconds, rate, meta.get("duplicates", 0), meta.get("too_long", 0))
+
+
+def _print(totals: PreparedData, settings: Settings, address: str) -> None:
+    sample = settings.seq_length + 1
+    rate = f"{totals.tokens_per_second:,.0f} tokens/s, {totals.seconds:.1f} s in all"
+    print(f"{totals.documents:,} documents, {totals.tokens:,} tokens, {rate}")
+    if settings.deduplicate:
+        found = totals.documents + totals.duplicates
+        print(f"{totals.duplicates:,} of {found:,} documents were copies of an earlier one and are left out")
+    if totals.too_long:
+        print(f"{totals.too_long:,} more documents have over {sample:,} tokens with their end, and are left out")
+    samples = f"{totals.train_samples:,} training and {totals.val_samples:,} validation samples"
+    print(f"{address}: {samples} of {settings.seq_length} tokens")
+    if settings.val_fraction and not totals.val_samples:
+        print(f"no validation split: --val-fraction {settings.val_fraction} leaves fewer than {sample} tokens for it")

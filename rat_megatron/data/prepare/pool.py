@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import threading
@@ -14,10 +13,9 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from rat_megatron.errors import UserError
+from rat_megatron.files import DISK_FULL
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-_context: Any  # set once in each worker process
+_context: Any  # of a worker process, set as it starts: a fork inherits what would be slow to pickle with every task
 
 
 def run_in_workers(function: Callable[[Any, Any], Any], context: Any, tasks: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:

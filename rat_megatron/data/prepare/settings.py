@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rat_megatron.data.format import FORMAT_VERSION, tokenizer_hash
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
     val_fraction: float
     seed: int
     deduplicate: bool
-    answer_column: str | None  # each document is a sample of its own, with a loss on its answer only (tokenizing.py)
+    answer_column: str | None  # each document is a sample of its own, with a loss on its answer only
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -40,10 +40,8 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"--tokenizer {name} cannot be loaded, give a Hugging Face name or a folder made by save_pretrained: {reason}"
-        ) from error
+        remedy = "give a Hugging Face name or a folder made by save_pretrained"
+        raise UserError(f"--tokenizer {name} cannot be loaded, {remedy}: {one_line(error)}.") from error
 
 
 def make_settings(tokenizer: Any, name: str, *, eod_token: str | None, **others: Any) -> Settings:

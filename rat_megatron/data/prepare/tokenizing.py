@@ -1,6 +1,11 @@
 """Units of text -> files of token ids, in worker processes: KEY.train and KEY.val, flat ids, and KEY.json, their counts, which comes last
-and says that they are whole. With --answer-column the ids come as records of one document each (`sample_type`); with --deduplicate each
-has a KEY.SPLIT.index of one record per document (`INDEX_TYPE`)."""
+and says that they are whole. With --deduplicate each has a KEY.SPLIT.index of one record per document (`INDEX_TYPE`).
+
+With --answer-column, for fine-tuning, every document is a sample of its own (`sample_type`), and only its answer counts in the loss:
+prompt, answer and the end-of-document id, filled up with that id to T+1 tokens. Prompt and answer are tokenized apart, so that the
+prompt's ids are those of the prompt alone, as an evaluation gives it to the model; a space between the two must be in the text of one.
+Several documents never share a sample: RAT+'s recurrence does not reset at their ends, so that one would see the others.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +45,12 @@ class Part:
     tokens: int
     dropped: np.ndarray  # [dropped] ascending
     too_long: int = 0
+
+
+def sample_type(settings: Settings) -> np.dtype:
+    """A sample, with answers or without: its fields are the columns of the MDS shards."""
+    answer = [("answer", ANSWER_TYPE, (2,))] if settings.answer_column else []
+    return np.dtype([("tokens", settings.token_dtype, (settings.seq_length + 1,)), *answer])
 
 
 def tokenize(units: list[Unit], work: Path, tokenizer: Any, settings: Settings, workers: int) -> tuple[dict[str, list[Part]], float]:
@@ -106,18 +117,6 @@ def _stored(ids: tuple[list[int], ...], settings: Settings) -> bytes:
     if settings.answer_column:
         return _answer_record(ids[0], ids[1], settings).tobytes()
     return array(ARRAY_TYPES[settings.token_dtype], [*ids[0], settings.eod_id]).tobytes()
-
-
-# With --answer-column a document is a sample of its own: prompt, answer and the end-of-document id, filled up with that id to T+1 tokens.
-# Prompt and answer are tokenized apart, so that the prompt's ids are those of the prompt alone, as an evaluation gives it to the model; a
-# space between the two must be in the text of one. Documents never share a sample: RAT+'s recurrence does not reset at their ends, so that
-# one would see the others.
-
-
-def sample_type(settings: Settings) -> np.dtype:
-    """A sample, with answers or without: its fields are the columns of the MDS shards."""
-    answer = [("answer", ANSWER_TYPE, (2,))] if settings.answer_column else []
-    return np.dtype([("tokens", settings.token_dtype, (settings.seq_length + 1,)), *answer])
 
 
 def _answer_record(prompt: list[int], answer: list[int], settings: Settings) -> np.ndarray:

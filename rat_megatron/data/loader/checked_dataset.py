@@ -21,7 +21,7 @@ from streaming.base.format import FileInfo, Reader
 from streaming.base.shared import SharedArray, _get_path
 from streaming.base.world import World
 
-from rat_megatron.data.loader.download import Connections, damage, download, remove_unfinished
+from rat_megatron.data.loader.download import Downloader, damage, remove_unfinished
 from rat_megatron.data.loader.shared_memory import CHECKED
 from rat_megatron.errors import UserError
 
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class CheckedStream(Stream):
-    """Streaming's stream whose downloads are those of `rat_megatron.data.loader.download`; `local` alone is data to be read in place."""
+    """Streaming's stream whose downloads are those of `downloader`; `local` alone is data to be read in place."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, downloader: Downloader, **settings: Any) -> None:
         super().__init__(**settings)
-        self._connections = Connections()
+        self._checked_downloader = downloader
         self._files: dict[str, FileInfo] = {}  # before index.json has been read: nothing is known of any file
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
@@ -53,7 +53,7 @@ class CheckedStream(Stream):
         path = Path(self.local) / (to_basename or from_basename)
         if self.remote is None:
             raise UserError(f"shard {path} is missing: copy or prepare the data anew.")
-        download(f"{self.remote}/{from_basename}", path, self._files.get(from_basename), self._connections)
+        self._checked_downloader.download(f"{self.remote}/{from_basename}", path, self._files.get(from_basename))
         return str(path)
 
 
