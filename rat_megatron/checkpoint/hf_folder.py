@@ -1,19 +1,33 @@
-"""Reads a Hugging Face folder of a RAT+ model tensor by tensor, and finds what is wrong with it before anything is read."""
+"""Reads and writes Hugging Face folders of RAT+ models tensor by tensor; what is wrong with one is found before anything is read."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig
 
-from rat_megatron.errors import UserError
+from rat_megatron import ratplus
+from rat_megatron.data.format import tokenizer_hash
+from rat_megatron.errors import UserError, one_line
+from rat_megatron.files import write_json
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as Transformers
+_AUTO_MAP = {
+    "AutoConfig": "configuration_ratplus.RatPlusConfig",
+    "AutoModel": "modeling_ratplus.RatPlusModel",
+    "AutoModelForCausalLM": "modeling_ratplus.RatPlusForCausalLM",
+}
 
 
 def expected_shapes(config: RatPlusConfig) -> dict[str, torch.Size]:
@@ -66,39 +80,114 @@ class HfFolder:
         return dtypes
 
 
+def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_size: int) -> int:
+    """Writes safetensors files of at most max_shard_size bytes (or one tensor), with an index when there are several; returns how many.
+
+    One file's tensors are in memory at a time.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    files: list[tuple[Path, list[str]]] = []
+    size = total = 0
+
+    def flush() -> None:
+        path = folder / f"part-{len(files)}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors would keep it from everyone but its owner
+        files.append((path, list(shard)))
+
+    for name, weight in weights:
+        if shard and size + weight.nbytes > max_shard_size:
+            flush()
+            shard.clear()
+            size = 0
+        shard[name] = weight
+        size += weight.nbytes
+        total += weight.nbytes
+    flush()
+
+    index: dict[str, str] = {}
+    for number, (path, names) in enumerate(files, start=1):
+        name = _SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path.rename(folder / name)
+        index |= dict.fromkeys(names, name)
+    if len(files) > 1:
+        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    return len(files)
+
+
+def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None) -> None:
+    """Writes config, generation config, the model's code and the tokenizer, whose special ids fill those that the config lacks."""
+    if tokenizer is not None:
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        except Exception as error:
+            raise UserError(f"{tokenizer} holds no tokenizer that Transformers can load: {one_line(error)}") from error
+        if getattr(config, "tokenizer_hash", None) not in (None, tokenizer_hash(loaded)):
+            raise UserError(
+                f"{tokenizer} is not the tokenizer that the training data was made with: give --tokenizer the folder of that one"
+            )
+        loaded.save_pretrained(folder)
+        config.bos_token_id, config.pad_token_id = loaded.bos_token_id, loaded.pad_token_id
+        if config.eos_token_id is None:
+            config.eos_token_id = loaded.eos_token_id
+    config.architectures, config.auto_map = ["RatPlusForCausalLM"], dict(_AUTO_MAP)
+    config.save_pretrained(folder)
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    GenerationConfig(**ids).save_pretrained(folder)
+    for file in Path(ratplus.__file__).parent.glob("*.py"):
+        if file.name != "__init__.py":
+            shutil.copyfile(file, folder / file.name)
+
+
+def parse_dtype(word: str | None, *choices: str) -> torch.dtype | None:
+    """The dtype of this name, None for None; raises UserError unless it is one of the choices."""
+    if word is not None and word not in choices:
+        raise UserError(f"--dtype {word} is not one of {', '.join(choices)}")
+    return getattr(torch, word) if word else None
+
+
+def parse_size(word: str) -> int:
+    """Bytes of a size such as 5GB or 500MB; raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", word.upper())
+    if not match or float(match[1]) == 0:
+        raise UserError(f"--max-shard-size {word} is no size: write 5GB, 500MB, ...")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
 def _read_config(path: Path) -> RatPlusConfig:
+    file = path / "config.json"
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give one that 'rat-megatron convert' or save_pretrained wrote")
     try:
-        values = json.loads((path / "config.json").read_text())
+        values = json.loads(file.read_text())
         model_type = values.get("model_type")
     except FileNotFoundError:
         raise UserError(f"{path} has no config.json: give a folder that 'rat-megatron convert' or save_pretrained wrote") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path / 'config.json'} is damaged: {error}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged or cannot be read: {one_line(error)}") from error
     if model_type != RatPlusConfig.model_type:
-        raise UserError(f"{path} holds a model of type '{model_type}' (config.json), not '{RatPlusConfig.model_type}': give a RAT+ model")
+        raise UserError(f"{path} has model_type '{model_type}' in config.json: only '{RatPlusConfig.model_type}' is a RAT+ model")
     try:
         config = RatPlusConfig.from_dict(values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path / 'config.json'} describes no RAT+ model: {error}") from error
+        raise UserError(f"{file} describes no RAT+ model: {one_line(error)}") from error
     if config.hidden_act != "gelu":
-        raise UserError(f"{path / 'config.json'} has hidden_act '{config.hidden_act}': a RAT+ model has 'gelu'")
+        raise UserError(f"{file} has hidden_act '{config.hidden_act}': a RAT+ model has 'gelu'")
     return config
 
 
 def _find_weights(path: Path) -> dict[str, Path]:
     """The file of every stored weight, as the files themselves say; an index must agree with them."""
-    if not (path / INDEX).is_file():
-        return dict.fromkeys(_names(path / SINGLE), path / SINGLE)
+    if not (path / _INDEX).is_file():
+        return dict.fromkeys(_names(path / _SINGLE), path / _SINGLE)
     try:
-        listed = {name: path / file for name, file in json.loads((path / INDEX).read_text())["weight_map"].items()}
+        listed = {name: path / file for name, file in json.loads((path / _INDEX).read_text())["weight_map"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path / INDEX} is damaged: {error}") from error
+        raise UserError(f"{path / _INDEX} is damaged: {error}") from error
     there = {name: file for file in dict.fromkeys(listed.values()) for name in _names(file)}
     for name, file in listed.items():
         if there.get(name) != file:
-            raise UserError(f"{path / INDEX} says that {name} is in {file.name}, where it is not: copy the folder anew")
+            raise UserError(f"{path / _INDEX} says that {name} is in {file.name}, where it is not: copy the folder anew")
     return listed
 
 

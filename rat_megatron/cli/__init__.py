@@ -1,1 +1,1 @@
-"""The command line `rat-megatron`: thin commands, each of which calls one function elsewhere in the package."""
+"""The command line `rat-megatron`: functions elsewhere in the package, whose signatures are the options of the commands."""

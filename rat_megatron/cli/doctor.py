@@ -59,7 +59,7 @@ def _imports(module: str) -> bool:
 
 
 def _te_cross_entropy_is_sound() -> bool:
-    from rat_megatron.model.config import te_cross_entropy_is_sound
+    from rat_megatron.model.builder import te_cross_entropy_is_sound
 
     return te_cross_entropy_is_sound()
 

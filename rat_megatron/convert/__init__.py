@@ -1,0 +1,185 @@
+"""Checkpoints from and to other formats: three conversions, as functions and as the commands of `rat-megatron convert`.
+
+A result appears under its name only when it is whole and checked. Whatever is wrong with the input raises UserError. Everything heavy
+is imported in the functions, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from rat_megatron.errors import UserError
+from rat_megatron.files import atomic_folder, check_output
+
+if TYPE_CHECKING:
+    import torch
+
+    from rat_megatron.convert.check import Check
+    from rat_megatron.convert.megatron_weights import MegatronWeights
+    from rat_megatron.convert.reference_weights import ReferenceWeights
+
+_RELEASE = "release"  # Megatron's name for weights that belong to no iteration: training begins at 0, with a new optimizer
+
+Output = Annotated[Path, Argument(help="Folder to write; must not exist or be empty.")]
+Dtype = Annotated[str | None, Option(help="float32 or bfloat16. Default: as stored.")]
+ShardSize = Annotated[str, Option(help="Largest size of one safetensors file, such as 500MB; memory follows it.")]
+
+
+@dataclass(frozen=True)
+class ConvertedFolder:
+    """A Hugging Face folder that was written, and what its check found."""
+
+    output: Path
+    source: str
+    pattern: str
+    dtype: str
+    shards: int
+    tokenizer: Path | None
+    check: Check
+
+    def __str__(self) -> str:
+        return (
+            f"{self.output}: {self.source}, {self.dtype}, {self.shards} file(s), pattern {self.pattern}, "
+            f"tokenizer {self.tokenizer or 'not included'}\n{self.check}"
+        )
+
+
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """A checkpoint that was written, and what its check found."""
+
+    output: Path
+    pattern: str
+    dtype: str
+    check: Check
+
+    def __str__(self) -> str:
+        return f"{self.output}: {_RELEASE}, {self.dtype}, pattern {self.pattern}, for --pretrained-checkpoint\n{self.check}"
+
+
+def convert_to_hf(
+    checkpoint: Annotated[Path, Argument(help="Folder that Megatron's --save wrote, or one iteration in it.")],
+    output: Output,
+    *,
+    step: Annotated[int | None, Option("--iteration", help="Iteration to convert. Default: the latest.")] = None,
+    pattern: Annotated[str | None, Option(help="Attention pattern, such as d16w256s4. Default: the one trained with.")] = None,
+    dtype: Dtype = None,
+    tokenizer: Annotated[Path | None, Option(help="Tokenizer folder to include. Default: that of the training data.")] = None,
+    max_shard_size: ShardSize = "5GB",
+) -> ConvertedFolder:
+    """Write a Megatron checkpoint as a Hugging Face folder that loads with trust_remote_code=True, without this package.\f
+
+    Memory peaks at one file of ``max_shard_size`` while writing and at one layer in fp32 in the check that follows.
+    """
+    from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
+    from rat_megatron.convert.megatron_args import config_from_args, tokenizer_of_the_data
+    from rat_megatron.convert.megatron_weights import MegatronWeights
+    from rat_megatron.convert.model_card import measured_losses, recipe_of
+
+    wanted, shard_bytes = _check_options(output, dtype, tokenizer, max_shard_size)
+    source = TorchDistCheckpoint(find_iteration(checkpoint, step))
+    args = source.args()
+    weights = MegatronWeights(source, config_from_args(args, source.folder, pattern))
+    tokenizer = tokenizer or tokenizer_of_the_data(args)
+    return _write_hf(weights, source.folder, output, wanted, shard_bytes, tokenizer, recipe_of(args), measured_losses(source.folder, args))
+
+
+def convert_from_hf(
+    folder: Annotated[Path, Argument(help="Hugging Face folder of a RAT+ model.")],
+    output: Output,
+) -> ConvertedCheckpoint:
+    """Write a Hugging Face folder as a Megatron checkpoint, bit by bit; train on with --pretrained-checkpoint OUTPUT.\f
+
+    The checkpoint has the architecture among its arguments and no optimizer. Memory peaks at one layer in fp32, in the check at the end.
+    """
+    from rat_megatron.checkpoint.hf_folder import HfFolder
+    from rat_megatron.checkpoint.torch_dist import TRACKER_NAME, TorchDistCheckpoint
+    from rat_megatron.convert.check import check_conversion
+    from rat_megatron.convert.megatron_args import args_from_config
+    from rat_megatron.convert.megatron_weights import MegatronWeights, write_megatron_weights
+
+    check_output(output)
+    source = HfFolder(folder)
+    dtypes = set(source.dtypes.values())
+    if len(dtypes) > 1:
+        raise UserError(f"{folder} mixes {' and '.join(sorted(map(_word, dtypes)))}: save the model in one dtype")
+    config, (dtype,) = source.config, dtypes
+    with atomic_folder(output) as written:
+        write_megatron_weights(source, dtype, args_from_config(config, dtype, folder), written / _RELEASE)
+        (written / TRACKER_NAME).write_text(_RELEASE)
+        check = check_conversion(MegatronWeights(TorchDistCheckpoint(written / _RELEASE), config), source, str(folder))
+    return ConvertedCheckpoint(output=output, pattern=config.attention_pattern, dtype=_word(dtype), check=check)
+
+
+def convert_from_reference(
+    file: Annotated[Path, Argument(help="Checkpoint of the reference implementation (.pth). No code in it is run.")],
+    output: Output,
+    *,
+    num_attention_heads: Annotated[int | None, Option(help="Default: as many as are 128 wide.")] = None,
+    max_position_embeddings: Annotated[int, Option(help="Longest sequence the model was trained on.")] = 4096,
+    pattern: Annotated[str, Option(help="Attention pattern that the weights were adapted to, such as d16s4.")] = "dense",
+    dtype: Dtype = None,
+    tokenizer: Annotated[Path | None, Option(help="Tokenizer folder to include.")] = None,
+    max_shard_size: ShardSize = "5GB",
+) -> ConvertedFolder:
+    """Write a checkpoint of the reference implementation as a Hugging Face folder.\f
+
+    The file is mapped, so that only the weights are read of it.
+    """
+    from rat_megatron.convert.reference_weights import ReferenceWeights
+
+    wanted, shard_bytes = _check_options(output, dtype, tokenizer, max_shard_size)
+    weights = ReferenceWeights(file, num_attention_heads, max_position_embeddings, pattern)
+    return _write_hf(weights, file, output, wanted, shard_bytes, tokenizer, recipe={}, losses={})
+
+
+def _check_options(output: Path, dtype: str | None, tokenizer: Path | None, max_shard_size: str) -> tuple[torch.dtype | None, int]:
+    """The wanted dtype and the bytes of a file."""
+    from rat_megatron.checkpoint.hf_folder import parse_dtype, parse_size
+
+    options = parse_dtype(dtype, "float32", "bfloat16"), parse_size(max_shard_size)
+    check_output(output)
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise UserError(f"--tokenizer {tokenizer} is not a folder")
+    return options
+
+
+def _write_hf(
+    weights: MegatronWeights | ReferenceWeights,
+    source: Path,
+    output: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    tokenizer: Path | None,
+    recipe: dict[str, str],
+    losses: dict[str, float],
+) -> ConvertedFolder:
+    """Writes weights as a Hugging Face folder and compares it with them; recipe and losses are for the model card."""
+    from rat_megatron.checkpoint.hf_folder import HfFolder, write_configs, write_shards
+    from rat_megatron.convert.check import check_conversion
+    from rat_megatron.convert.model_card import write_model_card
+
+    config = weights.config
+    config.dtype = dtype or max(weights.dtypes, key=lambda stored: stored.itemsize)
+    with atomic_folder(output) as folder:
+        shards = write_shards(weights.hf_weights(dtype), folder, shard_bytes)
+        write_configs(config, folder, tokenizer)
+        write_model_card(folder, config, recipe, losses)
+        check = check_conversion(weights, HfFolder(folder), str(source), None if weights.dtypes == {dtype} else dtype)
+    return ConvertedFolder(
+        output=output,
+        source=source.name,
+        pattern=config.attention_pattern,
+        dtype=_word(config.dtype),
+        shards=shards,
+        tokenizer=tokenizer,
+        check=check,
+    )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,26 +1,30 @@
-"""The weights of a RAT+ model in a torch_dist checkpoint, one at a time: under their Hugging Face names, and as they are."""
+"""The weights of a RAT+ model in a torch_dist checkpoint: read one at a time, as they are or as Hugging Face names them, and written."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rat_megatron.checkpoint.hf_folder import EMBEDDING, HEAD, expected_shapes
-from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint
-from rat_megatron.convert.names import FUSED_QKV, TABLE, Row, split_fused_qkv
+from rat_megatron.checkpoint.hf_folder import EMBEDDING, HEAD, HfFolder, expected_shapes
+from rat_megatron.checkpoint.torch_dist import StoredTensor, TorchDistCheckpoint, write_torch_dist
+from rat_megatron.convert.names import FUSED_QKV, TABLE, Row, fuse_qkv, split_fused_qkv
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig
 
 _ROLES = ("embedding", "input_norm", "projections", "output", "post_norm", "up", "down", "final_norm", "head")  # as TABLE lists them
+# What Megatron's linear layers keep for FP8, empty here; its loader asks for it.
+_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 class MegatronWeights:
     """Where each weight of the config's model is in a checkpoint; raises UserError unless it holds these weights and no others."""
 
     def __init__(self, source: TorchDistCheckpoint, config: RatPlusConfig):
-        self._source, self._config = source, config
+        self._source, self.config = source, config
         self.shapes = expected_shapes(config)
         keys = {key for key in source.tensors if key.startswith(("embedding.", "decoder.", "output_layer.")) and "_extra_state" not in key}
         self._places: dict[tuple[Row, int], tuple[str, int | None]] = {}
@@ -47,14 +51,14 @@ class MegatronWeights:
             names = [name.format(layer=layer) for name in row.hf]
             for name, weight in zip(names, self._parts(row, place), strict=False):
                 if name in (EMBEDDING, HEAD):
-                    weight = weight[: self._config.vocab_size]  # Megatron pads the vocabulary
+                    weight = weight[: self.config.vocab_size]  # Megatron pads the vocabulary
                 if weight.shape != self.shapes[name]:
                     shapes = f"{tuple(weight.shape)} for {name}, but its arguments say {tuple(self.shapes[name])}"
                     raise UserError(f"{self._source.folder} has {shapes}")
                 yield name, weight.to(dtype or weight.dtype).contiguous()
 
     def _parts(self, row: Row, place: tuple[str, int | None]) -> list[Tensor]:
-        weight, config = self._source.read(*place), self._config
+        weight, config = self._source.read(*place), self.config
         if row is not FUSED_QKV:
             return [weight]
         sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -65,14 +69,43 @@ class MegatronWeights:
 
     def read(self, role: str, layer: int = 0) -> Tensor:
         """As PlainWeights.read: the tensor as Megatron stores it, padding rows of the vocabulary included."""
-        if role == "head" and self._config.tie_word_embeddings:
+        if role == "head" and self.config.tie_word_embeddings:
             role = "embedding"
         return self._source.read(*self._places[TABLE[_ROLES.index(role)], layer])
 
     def cut(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """As PlainWeights.cut, by heads of the layout: a query group's heads are those of q, of the output gate, then k, v, forget gate."""
-        groups, per_group = self._config.num_key_value_heads, self._config.num_attention_heads // self._config.num_key_value_heads
-        heads = projected.unflatten(-1, (groups, -1, self._config.head_dim))  # [t, ng, 2 * np/ng + 2 or 3, hn]
+        groups, per_group = self.config.num_key_value_heads, self.config.num_attention_heads // self.config.num_key_value_heads
+        heads = projected.unflatten(-1, (groups, -1, self.config.head_dim))  # [t, ng, 2 * np/ng + 2 or 3, hn]
         q, o = heads[:, :, :per_group].flatten(1, 2), heads[:, :, per_group : 2 * per_group].flatten(1, 2)
         k, v = heads[:, :, 2 * per_group], heads[:, :, 2 * per_group + 1]
-        return q, o, k, v, heads[:, :, 2 * per_group + 2] if self._config.use_recurrence else None
+        return q, o, k, v, heads[:, :, 2 * per_group + 2] if self.config.use_recurrence else None
+
+
+def write_megatron_weights(source: HfFolder, dtype: torch.dtype, args: Namespace, folder: Path) -> None:
+    """Writes a Hugging Face folder's weights, all of ``dtype``, bit by bit, as one torch_dist checkpoint with these arguments."""
+    config, layers = source.config, source.config.num_hidden_layers
+    rows = {row.megatron[-1]: row for row in TABLE if row.hf[0].format(layer=0) in source.shapes}
+
+    def read(key: str, layer: int) -> Tensor:
+        parts = [source.read(name) for name in _hf_names(rows[key], layer, source)]
+        return fuse_qkv(parts, config.num_key_value_heads) if rows[key] is FUSED_QKV else parts[0]
+
+    def stored(row: Row) -> StoredTensor:
+        shapes = [source.shapes[name] for name in _hf_names(row, 0, source)]
+        shape = torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
+        return StoredTensor(shape, dtype, layers if row.per_layer else None)
+
+    common = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},  # the layers' tensors are stacked
+    }
+    extra_states = [f"decoder.layers.{name}._extra_state/shard_{i}_{layers}" for name in _EXTRA_STATES for i in range(layers)]
+    write_torch_dist(folder, {key: stored(row) for key, row in rows.items()}, read, common, extra_states)
+
+
+def _hf_names(row: Row, layer: int, source: HfFolder) -> list[str]:
+    return [name for name in (name.format(layer=layer) for name in row.hf) if name in source.shapes]  # a baseline has no forget gate

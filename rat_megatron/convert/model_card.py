@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,15 @@ def recipe_of(args: Namespace) -> dict[str, str]:
     return recipe
 
 
-def _warmup(get: Any) -> str:
-    if get("lr_warmup_fraction"):
-        return f", warm-up {get('lr_warmup_fraction'):.3g} of the steps"
-    return f", warm-up {get('lr_warmup_iters'):,} steps" if get("lr_warmup_iters") else ""
+def measured_losses(folder: Path, args: Namespace) -> dict[str, float]:
+    """Validation losses by pattern from the run's report.json, if they are those of this iteration and of this model."""
+    try:
+        report = json.loads((folder.parent / "report.json").read_text())
+        if folder.name != f"iter_{report['iteration']:07d}" or report["pattern"] != args.rat_pattern:
+            return {}
+        return {str(word): float(loss) for word, loss in report["patterns"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # never evaluated, or not by this program: the card says nothing then
 
 
 def write_model_card(folder: Path, config: RatPlusConfig, recipe: dict[str, str], losses: dict[str, float]) -> None:
@@ -93,3 +99,9 @@ def write_model_card(folder: Path, config: RatPlusConfig, recipe: dict[str, str]
         card += "\n## Validation loss\n\n| pattern | loss |\n|---|---|\n"
         card += "".join(f"| `{word}` | {loss:.4f} |\n" for word, loss in losses.items())
     (folder / "README.md").write_text(card)
+
+
+def _warmup(get: Any) -> str:
+    if get("lr_warmup_fraction"):
+        return f", warm-up {get('lr_warmup_fraction'):.3g} of the steps"
+    return f", warm-up {get('lr_warmup_iters'):,} steps" if get("lr_warmup_iters") else ""

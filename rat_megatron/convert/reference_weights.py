@@ -49,13 +49,17 @@ _PROJECTIONS = [f"model.layers.{{layer}}.self_attn.{name}_proj.weight" for name 
 
 
 class ReferenceWeights:
-    """The tensors of a reference checkpoint and the config that follows from their shapes; raises UserError unless they are RAT+'s."""
+    """The tensors of a reference checkpoint, mapped, and the config that follows from their shapes.
 
-    def __init__(self, task: dict[str, Tensor], file: Path, num_heads: int | None, max_positions: int, pattern: str):
-        self._tensors, self._file = {name.removeprefix("_orig_mod."): tensor for name, tensor in task.items()}, file
+    Raises UserError unless they are those of a RAT+ model, and for a file that would need code to be run.
+    """
+
+    def __init__(self, file: Path, num_heads: int | None, max_positions: int, pattern: str):
+        self._tensors, self._file = {name.removeprefix("_orig_mod."): tensor for name, tensor in _read_task(file).items()}, file
         numbers = [int(found[1]) for name in self._tensors if (found := re.match(r"backbone\.layers\.(\d+)\.", name))]
         self._layers = max(numbers, default=-1) + 1
-        self.dtype = self._get("embedding").dtype
+        dtype = self._get("embedding").dtype
+        self.dtypes = {dtype}
         vocab_size, width = self._matrix("embedding").shape
         in_rows = self._matrix("projections").shape[0]
         apart = _NAMES["forget_gate"].format(layer=0) in self._tensors
@@ -73,7 +77,7 @@ class ReferenceWeights:
             attention_pattern=pattern,
             tie_word_embeddings=_NAMES["head"] not in self._tensors or torch.equal(self._get("head"), self._get("embedding")),
         )
-        self._check()
+        self._check(dtype)
 
     def _make_config(self, **settings: Any) -> RatPlusConfig:
         try:
@@ -93,15 +97,15 @@ class ReferenceWeights:
             raise UserError(f"{self._file} has {_NAMES[role].format(layer=0)} of shape {tuple(tensor.shape)}: expected a matrix")
         return tensor
 
-    def _check(self) -> None:
+    def _check(self, dtype: torch.dtype) -> None:
         """Every tensor is there, has the shape and dtype it should, and no other is."""
         known = {name.format(layer=layer) for name in _NAMES.values() for layer in range(self._layers)}
         if unknown := sorted(self._tensors.keys() - known):
             raise UserError(f"{self._file} holds {unknown[0]} under 'task', which a RAT+ model does not have")
         if len(dtypes := {str(tensor.dtype) for tensor in self._tensors.values()}) > 1:
             raise UserError(f"{self._file} mixes {' and '.join(sorted(dtypes))} under 'task': save the weights in one dtype")
-        if not self.dtype.is_floating_point:
-            raise UserError(f"{self._file} has weights of {self.dtype}: give them in float32 or bfloat16")
+        if not dtype.is_floating_point:
+            raise UserError(f"{self._file} has weights of {dtype}: give them in float32 or bfloat16")
         shapes = expected_shapes(self.config)
         for name, weight in self.hf_weights(None):
             if weight.shape != shapes.pop(name):
@@ -148,7 +152,7 @@ def _heads(width: int, given: int | None) -> int:
     return given or width // _HEAD_DIM
 
 
-def read_task(file: Path) -> dict[str, Tensor]:
+def _read_task(file: Path) -> dict[str, Tensor]:
     """The weights, mapped. An EasyDict is read as an ordered dict; any other class that torch does not know as data is refused."""
     if not file.is_file():
         raise UserError(f"{file} is not a file: give the .pth of the reference implementation")

@@ -1,19 +1,16 @@
-"""Streams a continuation or a conversation to the terminal, and says how fast it was and how large its cache."""
+"""A loaded model that streams what follows a text, keeps its cache for the next turn, and knows how fast and how large that was."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
 from rat_megatron.errors import UserError
-from rat_megatron.evaluation.model import LoadedModel, load_model
+from rat_megatron.evaluation.model import LoadedModel
 from rat_megatron.hf import RatPlusCache
 from rat_megatron.ratplus.cache_ratplus import CACHE_NAME
 from rat_megatron.ratplus.pattern import AttentionPattern
@@ -88,10 +85,6 @@ class Generator:
         self.written = output[0].tolist()
         return self.tokenizer.decode(self.written[len(ids) :], skip_special_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids without a beginning-of-text token, as in training."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
     def speed(self) -> str:
         """Tokens per second of reading the prompt and of writing."""
         return self._streamer.speed() if self._streamer else "nothing was generated"
@@ -103,79 +96,6 @@ class Generator:
         state = config.num_hidden_layers * config.num_key_value_heads * max(4, self.loaded.model.dtype.itemsize)
         dense = 2 * config.head_dim * (entries * self.loaded.model.dtype.itemsize + state)
         return f"cache of {length} tokens: {self._cache.nbytes:,} bytes under {config.attention_pattern}, {dense:,} if dense"
-
-
-def continue_prompt(
-    folder: Path, prompt: str, settings: Settings, *, pattern: str | None = None, device: str | None = None, dtype: str | None = None
-) -> bool:
-    """Continues a prompt on stdout, then says on stderr how fast; False when Ctrl-C cut it short. Raises UserError."""
-    settings.check()
-    if not prompt.strip():
-        raise UserError("the prompt is empty: give some text as PROMPT or on standard input.")
-    generator = Generator(load_model(folder, device=device, dtype=dtype), settings, pattern)
-    return _until_interrupted(generator, [prompt], lambda text: generator.go_on(generator.encode(text)))
-
-
-def converse(
-    folder: Path,
-    first: str | None,
-    settings: Settings,
-    *,
-    pattern: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> bool:
-    """A conversation: answers ``first``, then every line of stdin until it ends; False when Ctrl-C ended it.
-
-    With a chat template, turns are messages; without one, every line goes on with the text so far. Raises UserError, also when the
-    conversation has filled the model's positions.
-    """
-    settings.check()
-    generator = Generator(load_model(folder, device=device, dtype=dtype), settings, pattern)
-    messages: list[dict[str, str]] = []
-    so_far = ""  # the conversation as text, special tokens included
-
-    def turn(line: str) -> None:
-        nonlocal so_far
-        tokenizer, written = generator.tokenizer, generator.written
-        if tokenizer.chat_template is None:
-            generator.go_on(written + generator.encode(f"\n{line}\n" if written else f"{line}\n"))
-            return
-        messages.append({"role": "user", "content": line})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        goes_on = so_far and text.startswith(so_far)  # some templates change earlier turns; then all is read again
-        ids = written + generator.encode(text.removeprefix(so_far)) if goes_on else generator.encode(text)
-        messages.append({"role": "assistant", "content": generator.go_on(ids)})
-        so_far = text + tokenizer.decode(generator.written[len(ids) :])
-
-    return _until_interrupted(generator, _lines(first), turn)
-
-
-def _until_interrupted(generator: Generator, texts: Iterable[str], answer: Any) -> bool:
-    try:
-        for text in texts:
-            answer(text)
-    except KeyboardInterrupt:
-        print(flush=True)
-        return False
-    finally:
-        if generator.written:
-            print(f"{generator.speed()}; {generator.cache_size()}", file=sys.stderr, flush=True)
-    return True
-
-
-def _lines(first: str | None) -> Iterator[str]:
-    """``first``, then the lines of stdin that are not blank, after a sign on stderr where someone is typing."""
-    if first is not None and first.strip():
-        yield first
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.rstrip("\n")
 
 
 class _TimedStreamer(TextStreamer):

@@ -72,8 +72,8 @@ def validation_loss(loaded: LoadedModel, data: ValidationSet, *, batch_size: int
         for start in range(0, tokens.shape[1], max(1, _CHUNK // len(tokens))):
             part = slice(start, start + max(1, _CHUNK // len(tokens)))
             logits = model.lm_head(hidden[:, part]).float()  # [b, chunk, vocab]
-            losses_of_tokens = F.cross_entropy(logits.transpose(1, 2), labels[:, part], reduction="none")
-            summed += (losses_of_tokens * mask[:, part]).sum(dim=1, dtype=torch.float64)
+            of_tokens = F.cross_entropy(logits.transpose(1, 2), labels[:, part], reduction="none")
+            summed += (of_tokens * mask[:, part]).sum(dim=1, dtype=torch.float64)
         losses.append(summed.cpu())
         counts.append(mask.sum(dim=1, dtype=torch.float64).cpu())
     total, count = torch.cat(losses), torch.cat(counts)

@@ -1,5 +1,6 @@
 """Needle tests of any length that need no download, in the manner of RULER's NIAH tasks (arXiv 2404.06654): numbers are hidden in a long
-text, and the model is asked for some of them. Words, sentences and the draw are our own and follow from the seed alone.
+text, and the model is asked for some of them; its greedy answer is scored by the share of the right numbers in it. Words, sentences and
+the draw are our own and follow from the seed alone.
 
 python -m rat_megatron.evaluation.needles train.jsonl --tokenizer MODEL --length 4096 --count 18000 --seed 1
 
@@ -11,18 +12,25 @@ from __future__ import annotations
 import bisect
 import json
 import random
-from collections.abc import Iterator
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import batched
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rat_megatron.errors import UserError, exit_2_on_bad_input
 from rat_megatron.files import atomic_file
 
+if TYPE_CHECKING:
+    from rat_megatron.evaluation.model import LoadedModel
+
 DEPTHS = 10  # bins of depth: 0 is the first tenth of the text
+ANSWER_TOKENS = 128  # a model may write so many; they count in the length, as RULER counts
 
 
 @dataclass(frozen=True)
@@ -150,8 +158,37 @@ class NeedleWriter:
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+class NeedleTask:
+    """``count`` questions of each kind at one length, written once, so that every pattern gets the same ones.
+
+    Raises UserError where the length does not fit the model or holds no question.
+    """
+
+    def __init__(self, loaded: LoadedModel, length: int, *, count: int, seed: int):
+        limit = loaded.config.max_position_embeddings
+        if length > limit:
+            raise UserError(f"--needle-length {length} is past the {limit} positions of {loaded.folder}: give {limit} or less.")
+        tokenizer = loaded.need_tokenizer()
+        self.length = length
+        self.questions: dict[str, list[Needle]] = {
+            kind: list(NeedleWriter(tokenizer, length, kind, room=ANSWER_TOKENS).write(count, seed)) for kind in KINDS
+        }
+
+    def run(self, loaded: LoadedModel, *, batch_size: int) -> dict[str, dict[str, Any]]:
+        """For each kind its score, standard error (from 2 questions on), number of questions and score by depth, under the model's
+        current attention pattern. ``by_depth`` has the score of the needles in each tenth of the text, None where there were none."""
+        return {kind: _summary(questions, _found(loaded, questions, batch_size)) for kind, questions in self.questions.items()}
+
+
 def write_jsonl(
-    output: Path, tokenizer: Any, *, length: int, count: int, seed: int, kinds: list[str], progress: Any = lambda done: None
+    output: Path,
+    tokenizer: Any,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    kinds: list[str],
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Writes ``count`` lines {"prompt", "answer"}, the kinds in turn, each of at most ``length`` tokens, prompt and answer tokenized apart.
 
@@ -166,6 +203,27 @@ def write_jsonl(
                 progress(index + 1)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}.") from error
+
+
+def _found(loaded: LoadedModel, questions: list[Needle], batch_size: int) -> list[list[bool]]:
+    return [
+        needle.score(text)
+        for some in batched(questions, batch_size)
+        for needle, text in zip(some, loaded.continue_greedily([needle.prompt for needle in some], ANSWER_TOKENS), strict=True)
+    ]
+
+
+def _summary(questions: list[Needle], found: list[list[bool]]) -> dict[str, Any]:
+    scores = [sum(row) / len(row) for row in found]
+    bins = defaultdict(list)
+    for needle, row in zip(questions, found, strict=True):
+        for depth, hit in zip(needle.depths, row, strict=True):
+            bins[int(depth * DEPTHS)].append(hit)
+    summary: dict[str, Any] = {"score": statistics.fmean(scores), "questions": len(scores)}
+    if len(scores) > 1:
+        summary["stderr"] = statistics.stdev(scores) / len(scores) ** 0.5
+    summary["by_depth"] = [sum(bins[i]) / len(bins[i]) if bins[i] else None for i in range(DEPTHS)]
+    return summary
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------------------------
@@ -258,17 +316,10 @@ def _main(
     from rat_megatron.data.prepare.settings import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("needles", total=count)
-        write_jsonl(
-            output,
-            loaded,
-            length=length,
-            count=count,
-            seed=seed,
-            kinds=kind or list(KINDS),
-            progress=lambda n: progress.update(task, completed=n),
-        )
+    options: dict[str, Any] = {"length": length, "count": count, "seed": seed, "kinds": kind or list(KINDS)}
+    with Progress(transient=True) as bar:
+        task = bar.add_task("needles", total=count)
+        write_jsonl(output, loaded, **options, progress=lambda done: bar.update(task, completed=done))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rat_megatron.convert.to_hf import convert_to_hf
+from rat_megatron.convert import convert_to_hf
 from rat_megatron.data.loader.batches import train_batches
 from rat_megatron.data.loader.streams import parse_data_path
 from rat_megatron.hf import RatPlusForCausalLM

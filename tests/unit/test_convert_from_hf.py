@@ -10,10 +10,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration, read_checkpoint_args
-from rat_megatron.cli.main import convert as app
-from rat_megatron.convert.from_hf import convert_from_hf
+from rat_megatron.cli.main import app
+from rat_megatron.convert import convert_from_hf, convert_to_hf, megatron_weights
 from rat_megatron.convert.names import fuse_qkv
-from rat_megatron.convert.to_hf import convert_to_hf
 from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM
@@ -60,7 +59,7 @@ def same(one, other):
 def test_there_and_back_is_the_same_folder(tmp_path, settings):
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "hf"))
     folder = write_tokenizer(write_model(tmp_path / "hf", tokenizer_hash=tokenizer_hash(tokenizer), **settings))
-    report = convert_from_hf(folder, tmp_path / "run")
+    converted = convert_from_hf(folder, tmp_path / "run")
     convert_to_hf(tmp_path / "run", tmp_path / "back")
     weights, config = stored_weights(folder), RatPlusConfig.from_pretrained(folder)
     same(stored_weights(tmp_path / "back"), weights)
@@ -70,8 +69,8 @@ def test_there_and_back_is_the_same_folder(tmp_path, settings):
         k: v for k, v in config.to_dict().items() if k not in named_by_the_tokenizer
     }
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert (report.check.tensors, report.check.parameters) == (len(weights), sum(weight.numel() for weight in weights.values()))
-    assert report.check.difference < 1e-5 * report.check.largest_logit
+    assert (converted.check.tensors, converted.check.parameters) == (len(weights), sum(weight.numel() for weight in weights.values()))
+    assert converted.check.difference < 1e-5 * converted.check.largest_logit
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "run"]
 
 
@@ -109,7 +108,7 @@ def test_training_continues_from_it(one_iteration, arl_run, tiny_data, tmp_path)
 
 def test_check_notices_rows_in_the_wrong_order(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "hf")
-    monkeypatch.setattr("rat_megatron.convert.names.fuse_qkv", lambda parts, groups: fuse_qkv([parts[1], parts[0], *parts[2:]], groups))
+    monkeypatch.setattr(megatron_weights, "fuse_qkv", lambda parts, groups: fuse_qkv([parts[1], parts[0], *parts[2:]], groups))
     with pytest.raises(UserError, match="other logits than"):
         convert_from_hf(folder, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -140,7 +139,7 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
         (lambda f: (f / "config.json").unlink(), "hf has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),
-        (lambda f: change_config(f, model_type="llama"), "holds a model of type 'llama' \\(config.json\\), not 'ratplus'"),
+        (lambda f: change_config(f, model_type="llama"), "model_type 'llama' in config.json: only 'ratplus' is a RAT\\+ model"),
         (lambda f: change_config(f, attention_pattern="d4x"), "unknown attention pattern 'd4x'"),
         (lambda f: change_config(f, hidden_act="silu"), "hidden_act 'silu'"),
         (lambda f: change_config(f, num_hidden_layers=3), r"has no model.layers.2.\S+, which its config.json asks for \(10 missing\)"),
@@ -184,15 +183,15 @@ def test_wrong_shards_are_explained(tmp_path, spoil, complaint):
 def test_head_that_is_stored_though_tied(tmp_path):
     folder = write_model(tmp_path / "hf")
     change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
-    report = convert_from_hf(folder, tmp_path / "run")
-    assert report.check.tensors == len(stored_weights(folder)) - 1
+    converted = convert_from_hf(folder, tmp_path / "run")
+    assert converted.check.tensors == len(stored_weights(folder)) - 1
 
 
 def test_command_line(tmp_path):
     folder = write_model(tmp_path / "hf")
-    run = CliRunner().invoke(app, ["from-hf", str(folder), str(tmp_path / "run")])
+    run = CliRunner().invoke(app, ["convert", "from-hf", str(folder), str(tmp_path / "run")])
     assert run.exit_code == 0, run.output
     assert "release, float32, pattern d4w2" in run.output
     assert "check: 22 tensors, 10,344 parameters; logits of a fixed prompt" in run.output
-    again = CliRunner().invoke(app, ["from-hf", str(folder), str(tmp_path / "run")])
+    again = CliRunner().invoke(app, ["convert", "from-hf", str(folder), str(tmp_path / "run")])
     assert isinstance(again.exception, UserError) and "exists and is not an empty folder" in str(again.exception)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rat_megatron.cli.main import convert as app
-from rat_megatron.convert.from_reference import convert_from_reference
+from rat_megatron.cli.main import app
+from rat_megatron.convert import convert_from_reference, reference_weights
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusForCausalLM
 from tests import reference
@@ -72,7 +72,7 @@ def write_file(path, task, **others):
 def test_converted_model_is_the_reference(tmp_path, kind, prefix):
     weights = random_weights(recurrence=kind != "baseline", untied=kind == "untied")
     file = write_file(tmp_path / "model.pth", reference_task(weights, prefix, gate_apart=kind == "gate apart"))
-    report = convert_from_reference(file, tmp_path / "hf", num_attention_heads=HEADS, pattern="d4w2", max_position_embeddings=32)
+    converted = convert_from_reference(file, tmp_path / "hf", num_attention_heads=HEADS, pattern="d4w2", max_position_embeddings=32)
     model = RatPlusForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.config.use_recurrence == (kind != "baseline") and model.config.tie_word_embeddings == (kind != "untied")
     assert (model.config.attention_pattern, model.config.max_position_embeddings) == ("d4w2", 32)
@@ -80,17 +80,17 @@ def test_converted_model_is_the_reference(tmp_path, kind, prefix):
     expected = reference.model(weights, tokens, HEADS, HEADS, lambda layer, head, t, j: reference.sees(t, j, 4, 2))
     with torch.no_grad():
         torch.testing.assert_close(model.double()(tokens).logits, expected, rtol=0, atol=1e-10)
-    assert (report.check.tensors, report.check.parameters) == (len(weights), model.num_parameters())
-    assert report.check.difference < 1e-5 * report.check.largest_logit
+    assert (converted.check.tensors, converted.check.parameters) == (len(weights), model.num_parameters())
+    assert converted.check.difference < 1e-5 * converted.check.largest_logit
 
 
 def test_dtype_shards_tokenizer_and_card(tmp_path):
     file = write_file(tmp_path / "model.pth", reference_task(random_weights()))
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    report = convert_from_reference(
+    converted = convert_from_reference(
         file, tmp_path / "hf", num_attention_heads=HEADS, dtype="bfloat16", tokenizer=tokenizer, max_shard_size="8KB"
     )
-    assert report.shards > 2 and report.dtype == "bfloat16" and 0 < report.check.rounding < 0.1 * report.check.largest_logit
+    assert converted.shards > 2 and converted.dtype == "bfloat16" and 0 < converted.check.rounding < 0.1 * converted.check.largest_logit
     model = RatPlusForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     assert model.dtype is torch.bfloat16 and model.config.eos_token_id == 3
     name = "model.layers.1.self_attn.v_proj.weight"
@@ -118,8 +118,8 @@ def test_config_of_another_class_is_not_built(tmp_path, easydict, monkeypatch):
     file = write_file(tmp_path / "model.pth", reference_task(random_weights()), config=config)
     monkeypatch.delitem(sys.modules, "easydict")
     monkeypatch.setattr(sys, "path", [])  # an import of it would fail
-    report = convert_from_reference(file, tmp_path / "hf", num_attention_heads=HEADS)
-    assert report.check.tensors == 22
+    converted = convert_from_reference(file, tmp_path / "hf", num_attention_heads=HEADS)
+    assert converted.check.tensors == 22
 
 
 @pytest.mark.parametrize("place", ["config", "task", "optimizer"])
@@ -138,7 +138,7 @@ def test_optimizer_state_is_not_read(tmp_path, monkeypatch):
     file = write_file(tmp_path / "model.pth", reference_task(random_weights()))
     seen = {}
     load = torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **options: seen.update(options) or load(*args, **options))
+    monkeypatch.setattr(reference_weights.torch, "load", lambda *args, **options: seen.update(options) or load(*args, **options))
     convert_from_reference(file, tmp_path / "hf", num_attention_heads=HEADS)
     assert seen["mmap"] is True and seen["weights_only"] is True
 
@@ -205,7 +205,7 @@ def test_wrong_files_and_options_are_explained(tmp_path):
 
 def test_command_line(tmp_path):
     file = write_file(tmp_path / "model.pth", reference_task(random_weights()))
-    arguments = ["from-reference", str(file), str(tmp_path / "hf"), "--num-attention-heads", str(HEADS), "--pattern", "d4"]
+    arguments = ["convert", "from-reference", str(file), str(tmp_path / "hf"), "--num-attention-heads", str(HEADS), "--pattern", "d4"]
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output
     assert "pattern d4," in run.output and "check: 22 tensors" in run.output

@@ -15,12 +15,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration, read_checkpoint_args
-from rat_megatron.checkpoint.torch_dist_writer import StoredTensor, write_torch_dist
-from rat_megatron.cli.main import convert as app
-from rat_megatron.convert import megatron_weights
+from rat_megatron.checkpoint.torch_dist import StoredTensor, TorchDistCheckpoint, find_iteration, read_checkpoint_args, write_torch_dist
+from rat_megatron.cli.main import app
+from rat_megatron.convert import convert_to_hf, megatron_weights
 from rat_megatron.convert.names import FUSED_QKV, fuse_qkv, split_fused_qkv
-from rat_megatron.convert.to_hf import convert_to_hf
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusForCausalLM
 from tests.converting import (
@@ -54,15 +52,15 @@ def test_converted_model_is_the_trained_one(tmp_path, stacked, fused_norms, unti
     weights = random_weights(untied, recurrence)
     args = megatron_args(untie_embeddings_and_output_weights=untied, rat_recurrence=recurrence)
     write_checkpoint(tmp_path / "run", megatron_tensors(weights, stacked, fused_norms), args)
-    report = convert_to_hf(tmp_path / "run", tmp_path / "hf")
+    converted = convert_to_hf(tmp_path / "run", tmp_path / "hf")
     model = RatPlusForCausalLM.from_pretrained(tmp_path / "hf")
     tokens = torch.randint(VOCAB, (2, 17))
     with torch.no_grad():
         torch.testing.assert_close(model.double()(tokens).logits, expected_logits(weights, tokens), rtol=0, atol=1e-10)
-    assert report.check.parameters == model.num_parameters()
-    assert report.check.tensors == len(weights)
-    assert report.check.difference < 1e-5 * report.check.largest_logit and report.check.rounding is None
-    assert (report.source, report.pattern, report.dtype, report.shards) == ("iter_0000020", "d4w2", "float32", 1)
+    assert converted.check.parameters == model.num_parameters()
+    assert converted.check.tensors == len(weights)
+    assert converted.check.difference < 1e-5 * converted.check.largest_logit and converted.check.rounding is None
+    assert (converted.source, converted.pattern, converted.dtype, converted.shards) == ("iter_0000020", "d4w2", "float32", 1)
 
 
 def test_split_fused_qkv_checks_its_rows():
@@ -93,8 +91,8 @@ def test_check_notices_rows_in_the_wrong_order(tmp_path, checkpoint, monkeypatch
 
 
 def test_check_says_what_rounding_does(tmp_path, checkpoint):
-    report = convert_to_hf(checkpoint, tmp_path / "hf", dtype="bfloat16")
-    assert report.check.difference < 1e-5 * report.check.largest_logit
+    converted = convert_to_hf(checkpoint, tmp_path / "hf", dtype="bfloat16")
+    assert converted.check.difference < 1e-5 * converted.check.largest_logit
     tokens = (torch.arange(32) * 7919 + 1)[None] % VOCAB
     rounded = RatPlusForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     rounded.set_attention_pattern("dense")
@@ -103,8 +101,9 @@ def test_check_says_what_rounding_does(tmp_path, checkpoint):
     exact.load_state_dict(weights, strict=False)
     with torch.no_grad():
         difference = (rounded(tokens).logits - exact(tokens).logits).abs().max().item()
-    assert report.check.rounding == pytest.approx(difference, rel=1e-2)
-    assert f"differ by at most {report.check.difference:.2g}" in str(report) and f"{report.check.rounding:.2g} from those" in str(report)
+    assert converted.check.rounding == pytest.approx(difference, rel=1e-2)
+    said = str(converted)
+    assert f"differ by at most {converted.check.difference:.2g}" in said and f"{converted.check.rounding:.2g} from those" in said
 
 
 def test_memory_follows_the_shard_not_the_model(tmp_path):
@@ -138,16 +137,16 @@ def test_memory_follows_the_shard_not_the_model(tmp_path):
 
     reset.write_text("5")  # the peak starts anew
     before = memory("VmRSS")
-    report = convert_to_hf(folder, tmp_path / "hf", max_shard_size="10MB")
-    assert report.shards > 10
+    converted = convert_to_hf(folder, tmp_path / "hf", max_shard_size="10MB")
+    assert converted.shards > 10
     assert memory("VmHWM") - before < size / 2
 
 
 def test_shards_dtype_pattern_and_files(tmp_path, checkpoint):
-    report = convert_to_hf(checkpoint, tmp_path / "hf", pattern="[dense,d4]", dtype="bfloat16", max_shard_size="8KB")
+    converted = convert_to_hf(checkpoint, tmp_path / "hf", pattern="[dense,d4]", dtype="bfloat16", max_shard_size="8KB")
     folder = tmp_path / "hf"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert report.shards == len(set(index["weight_map"].values())) > 2
+    assert converted.shards == len(set(index["weight_map"].values())) > 2
     stored = {}
     for path in folder.glob("model-*.safetensors"):
         assert path.stat().st_size < 8000 + 2000  # and its header
@@ -193,8 +192,8 @@ def test_tokenizer_and_special_ids(tmp_path, given):
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     remembered = {"rat_eod_id": None} if given == "by flag" else {"rat_tokenizer_path": str(tokenizer)}
     write_checkpoint(tmp_path / "run", megatron_tensors(random_weights()), megatron_args(**remembered))
-    report = convert_to_hf(tmp_path / "run", tmp_path / "hf", tokenizer=tokenizer if given == "by flag" else None)
-    assert report.tokenizer == tokenizer
+    converted = convert_to_hf(tmp_path / "run", tmp_path / "hf", tokenizer=tokenizer if given == "by flag" else None)
+    assert converted.tokenizer == tokenizer
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("w7").input_ids == [7]
     config = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert config["bos_token_id"] == 1
@@ -229,10 +228,10 @@ def test_which_iteration(tmp_path, checkpoint):
 
     name = "model.layers.0.self_attn.forget_gate_proj.weight"
     assert torch.equal(gate("latest"), later[name])
-    assert torch.equal(gate("first", iteration=20), later[name] / 2)
+    assert torch.equal(gate("first", step=20), later[name] / 2)
     assert torch.equal(gate("folder", folder=checkpoint / "iter_0000020"), later[name] / 2)
     with pytest.raises(UserError, match="iter_0000030 does not exist .*iter_0000020, iter_0000040"):
-        convert_to_hf(checkpoint, tmp_path / "none", iteration=30)
+        convert_to_hf(checkpoint, tmp_path / "none", step=30)
 
 
 def test_arguments_of_older_checkpoints(checkpoint):
@@ -317,13 +316,13 @@ def test_wrong_folders_are_explained(tmp_path, checkpoint):
 
 def test_command_line(tmp_path, checkpoint):
     run = CliRunner().invoke(
-        app, ["to-hf", str(checkpoint), str(tmp_path / "hf"), "--iteration", "20", "--pattern", "d4", "--dtype", "bfloat16"]
+        app, ["convert", "to-hf", str(checkpoint), str(tmp_path / "hf"), "--iteration", "20", "--pattern", "d4", "--dtype", "bfloat16"]
     )
     assert run.exit_code == 0, run.output
     assert "bfloat16" in run.output
     assert "pattern d4," in run.output
     assert "check: 22 tensors, 10,344 parameters; logits of a fixed prompt" in run.output
-    assert "Example: rat-megatron convert to-hf" in CliRunner().invoke(app, ["to-hf", "--help"]).output
+    assert "Example: rat-megatron convert to-hf" in CliRunner().invoke(app, ["convert", "to-hf", "--help"]).output
 
 
 def test_model_card_says_what_is_known(tmp_path, checkpoint):

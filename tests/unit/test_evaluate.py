@@ -10,7 +10,7 @@ from streaming import LocalDataset
 from typer.testing import CliRunner
 
 from rat_megatron.cli.main import app
-from rat_megatron.convert.to_hf import convert_to_hf
+from rat_megatron.convert import convert_to_hf
 from rat_megatron.errors import UserError
 from rat_megatron.evaluation import loss as loss_module
 from rat_megatron.evaluation.evaluate import evaluate
@@ -54,7 +54,7 @@ def test_losses_equal_megatrons(arl_run, tiny_data, tmp_path):
     report = json.loads((arl_run / "checkpoints" / "report.json").read_text())
     convert_to_hf(arl_run / "checkpoints", tmp_path / "hf")
     results = evaluate(
-        tmp_path / "hf", tmp_path / "out", pattern=list(report["patterns"]), data=str(tiny_data), num_samples=8, batch_size=3
+        tmp_path / "hf", tmp_path / "out", patterns=list(report["patterns"]), data=str(tiny_data), num_samples=8, batch_size=3
     )
     assert results["patterns"].keys() == report["patterns"].keys() and len(report["patterns"]) >= 3
     for word, megatrons in report["patterns"].items():
@@ -137,7 +137,7 @@ def test_the_command_measures_loss_needles_and_cache(folder, data, tmp_path):
 
 def test_needles_and_the_models_own_pattern(tmp_path):
     folder = save_tiny_model(tmp_path / "model", max_position_embeddings=1024, attention_pattern="d8w4")
-    results = evaluate(folder, tmp_path / "out", needle_length=[1024], needle_count=1, batch_size=2)
+    results = evaluate(folder, tmp_path / "out", needle_lengths=[1024], needle_count=1, batch_size=2)
     assert list(results["patterns"]) == ["d8w4"] and results["model"]["attention_pattern"] == "d8w4"
     needles = results["patterns"]["d8w4"]["needles"]["1024"]
     assert set(needles) == {"single", "multikey", "multikey-hay", "multiquery", "multivalue"}
@@ -174,8 +174,8 @@ def test_bad_input_ends_before_anything_is_written(folder, data, tmp_path):
     output = tmp_path / "out"
     for options, says in [
         ({}, "nothing to evaluate"),
-        ({"pattern": ["d4x"], "data": str(data)}, "unknown attention pattern"),
-        ({"needle_length": [5000]}, "--needle-length 5000 is past the 512 positions"),
+        ({"patterns": ["d4x"], "data": str(data)}, "unknown attention pattern"),
+        ({"needle_lengths": [5000]}, "--needle-length 5000 is past the 512 positions"),
         ({"data": str(data), "dtype": "int8"}, "--dtype int8"),
     ]:
         with pytest.raises((UserError, PatternError), match=says):

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from rat_megatron.cli.main import app
 from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import exit_2_on_bad_input
-from rat_megatron.evaluation import generator as generation
+from rat_megatron.evaluation import generator
+from rat_megatron.evaluation.generator import Generator, Settings
 from rat_megatron.evaluation.model import load_model
 from rat_megatron.hf import RatPlusForCausalLM
 from rat_megatron.ratplus.pattern import AttentionPattern
@@ -110,10 +111,10 @@ def test_turns_without_a_template_go_on_with_the_text_and_reuse_the_cache(folder
     prefills = [count for count in read_tokens if count > 1]
     assert prefills == [len("First line\n"), 1 + len("\nAnd another\n")]  # the last token written had not been read
     loaded = load_model(folder)
-    one = generation.Generator(loaded, generation.Settings(max_new_tokens=6))
-    first = one.go_on(one.encode("First line\n"))
-    again = generation.Generator(loaded, generation.Settings(max_new_tokens=6))  # without what the first turn left in the cache
-    second = again.go_on([*one.written, *one.encode("\nAnd another\n")])
+    one = Generator(loaded, Settings(max_new_tokens=6))
+    first = one.go_on(loaded.encode("First line\n"))
+    again = Generator(loaded, Settings(max_new_tokens=6))  # without what the first turn left in the cache
+    second = again.go_on([*one.written, *loaded.encode("\nAnd another\n")])
     assert result.stdout == f"{first}\n{second}\n"
 
 
@@ -131,13 +132,13 @@ def test_a_conversation_that_fills_the_positions_ends_in_one_sentence(folder):
 
 
 def test_ctrl_c_ends_cleanly(folder, monkeypatch):
-    class Interrupting(generation._TimedStreamer):
+    class Interrupting(generator._TimedStreamer):
         def put(self, value):
             super().put(value)
             if len(self._times) == 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "_TimedStreamer", Interrupting)
+    monkeypatch.setattr(generator, "_TimedStreamer", Interrupting)
     result = run(folder, PROMPT)
     assert result.exit_code == 130
     assert result.stdout.endswith("\n") and "decode: 3 tokens" in result.stderr and "Traceback" not in result.output
@@ -204,12 +205,12 @@ def _drop_tokenizer(folder):
     [
         (_truncate, "model.safetensors is truncated or damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (_drop_a_weight, "has no model.layers.1.mlp.up_proj.weight"),
+        (_drop_a_weight, "has no model.layers.1.mlp.up_proj.weight, which its config.json asks for"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-        (_change_config(model_type="llama"), "holds a model of type 'llama'"),
+        (_change_config(model_type="llama"), "has model_type 'llama' in config.json"),
         (_change_config(attention_pattern="d4d"), "unknown attention pattern 'd4d'"),
-        (_change_config(hidden_size=64), "but its config.json says"),
+        (_change_config(hidden_size=64), "but its config.json says (257, 64)"),
         (_change_config(tokenizer_hash="0" * 16), "is not the one that the model was trained with"),
         (_drop_tokenizer, "holds no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),

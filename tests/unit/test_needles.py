@@ -10,10 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rat_megatron.errors import UserError
-from rat_megatron.evaluation import needle_scores as needle_test
-from rat_megatron.evaluation.model import load_model
-from rat_megatron.evaluation.needle_scores import NeedleTest, continue_greedily
-from rat_megatron.evaluation.needles import _FILLER, KINDS, Needle, NeedleWriter, write_jsonl
+from rat_megatron.evaluation.model import LoadedModel, load_model
+from rat_megatron.evaluation.needles import _FILLER, KINDS, Needle, NeedleTask, NeedleWriter, write_jsonl
 from tests.evaluating import save_tiny_model
 from tests.preparing import save_byte_tokenizer
 
@@ -117,8 +115,8 @@ def loaded(tmp_path_factory):
 
 def test_a_batch_is_continued_as_each_prompt_alone(loaded):
     prompts = ["Short", "A somewhat longer prompt, which pads the others", "Of middling length"]
-    together = continue_greedily(loaded, prompts, 12)
-    assert together == [continue_greedily(loaded, [prompt], 12)[0] for prompt in prompts]
+    together = loaded.continue_greedily(prompts, 12)
+    assert together == [loaded.continue_greedily([prompt], 12)[0] for prompt in prompts]
     assert len(set(together)) == 3
 
 
@@ -129,12 +127,12 @@ def test_scores_are_the_share_of_numbers_found(loaded, monkeypatch):
         assert max_new_tokens == 128 and all(tokens(loaded.tokenizer, prompt) <= 1024 - 128 for prompt in prompts)
         return [" and ".join(re.findall(r"\d{7}", prompt)[:2]) for prompt in prompts]
 
-    monkeypatch.setattr(needle_test, "continue_greedily", first_two)
-    test = NeedleTest(loaded, 1024, count=10, seed=2, kinds=["single", "multikey", "multivalue"])
-    results = test.run(loaded, batch_size=4)
+    monkeypatch.setattr(LoadedModel, "continue_greedily", first_two)
+    task = NeedleTask(loaded, 1024, count=10, seed=2)
+    results = task.run(loaded, batch_size=4)
     assert results["single"] == {"score": 1.0, "questions": 10, "stderr": 0.0, "by_depth": [1.0] * 10}
     assert results["multivalue"]["score"] == 0.5 and results["multivalue"]["stderr"] == 0.0
-    hits = [needle.score(first_two(loaded, [needle.prompt], 128)[0])[0] for needle in test.questions["multikey"]]
+    hits = [needle.score(first_two(loaded, [needle.prompt], 128)[0])[0] for needle in task.questions["multikey"]]
     score = sum(hits) / 10
     assert results["multikey"]["score"] == score and 0 < score < 1
     assert results["multikey"]["by_depth"] == [float(hit) for hit in hits]  # question i lies in the tenth i
@@ -143,13 +141,13 @@ def test_scores_are_the_share_of_numbers_found(loaded, monkeypatch):
 
 def test_a_real_run_scores_what_the_model_writes(loaded):
     """The tiny model knows no numbers: one question is given what it writes as the number that is expected."""
-    test = NeedleTest(loaded, 1024, count=2, seed=random.randrange(1000), kinds=["single"])
-    first, second = test.questions["single"]
-    written = continue_greedily(loaded, [first.prompt], 128)[0]
-    test.questions["single"] = [Needle(first.prompt, (written[20:40],), first.depths), second]
-    assert test.run(loaded, batch_size=2)["single"]["score"] == 0.5
+    task = NeedleTask(loaded, 1024, count=2, seed=random.randrange(1000))
+    first, second = task.questions["single"]
+    written = loaded.continue_greedily([first.prompt], 128)[0]
+    task.questions = {"single": [Needle(first.prompt, (written[20:40],), first.depths), second]}
+    assert task.run(loaded, batch_size=2)["single"]["score"] == 0.5
 
 
 def test_a_length_past_the_model(loaded):
     with pytest.raises(UserError, match="--needle-length 2000 is past the 1024 positions"):
-        NeedleTest(loaded, 2000, count=1, seed=0)
+        NeedleTask(loaded, 2000, count=1, seed=0)

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, read_checkpoint_args
+from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, TRACKER_NAME, read_checkpoint_args
 from rat_megatron.data.loader.order import order_difference
 from rat_megatron.errors import UserError
 from rat_megatron.training.arguments.layout import query_groups
@@ -16,9 +16,9 @@ from rat_megatron.training.arguments.layout import query_groups
 def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
     """Raises UserError unless the checkpoint that the run starts from is there and fits; ``derived`` are defaults that args lack."""
     if args.load and args.load != args.save and not _has_checkpoint(args.load):
-        raise UserError(f"--load {args.load} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+        raise UserError(f"--load {args.load} holds no checkpoint (no {TRACKER_NAME})")
     if args.pretrained_checkpoint and not _has_checkpoint(args.pretrained_checkpoint):
-        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint (no {TRACKER_NAME})")
     resumed = derived["load"] if derived["load"] and _has_checkpoint(derived["load"]) else None
     source = resumed or args.pretrained_checkpoint
     if source is None:
@@ -94,4 +94,4 @@ def _architecture(args: Namespace) -> dict[str, Any]:
 
 
 def _has_checkpoint(folder: str) -> bool:
-    return (Path(folder) / "latest_checkpointed_iteration.txt").is_file()
+    return (Path(folder) / TRACKER_NAME).is_file()

@@ -19,9 +19,11 @@ def compare_runs(
     baseline: Annotated[Path | None, typer.Option(help="--save folder of the baseline's pretraining run.")] = None,
     baseline_adapted: Annotated[list[Path] | None, typer.Option(help="--save folder of a baseline's adaptation; repeat.")] = None,
 ) -> dict[str, Any]:
-    """Compare validation losses per attention pattern, before and after adaptation."""
-    # report.json: {"patterns": {word: {"pretrained": loss, "adapted": loss}}, "baseline": {word: {...}}, "tokens_per_second": n,
-    # "iterations": n}. A model adapted to a pattern counts under that pattern.
+    """Compare validation losses per attention pattern, before and after adaptation.\f
+
+    ``report.json``: ``{"patterns": {word: {"pretrained": loss, "adapted": loss}}, "baseline": {word: {...}}, "tokens_per_second": n,
+    "iterations": n}``. A model adapted to a pattern counts under that pattern. Raises UserError when a run has no report.
+    """
     first = _read(pretrained)
     comparison = {
         "patterns": _table(first, [_read(run) for run in adapted or []]),
