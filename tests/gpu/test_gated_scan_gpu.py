@@ -129,7 +129,7 @@ def test_scan_of_a_projection_is_that_of_its_slices(length, groups, query_width)
     expected = heads, gate, *gated_scan(f, k, v, None, cos, sin)[:2]
     used_up = projection.detach().clone().requires_grad_()
     outputs = public.scan_mixed_qkv(used_up, query_width, cos, sin)
-    assert all("ScanOfProjection" in type(x.grad_fn).__name__ for x in outputs), "one gradient buffer, not five to join"
+    assert all("ScanMixedQkv" in type(x.grad_fn).__name__ for x in outputs), "one gradient buffer, not five to join"
     assert all(torch.equal(a, e) for a, e in zip(outputs[1:], expected[1:], strict=True))
     assert_close(outputs[:1], expected[:1], 2e-3)
     weights = [torch.randn_like(x) for x in expected]

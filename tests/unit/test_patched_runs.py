@@ -105,6 +105,9 @@ def test_patches_are_taken_back_however_a_run_ends():
         assert Owner.own == 2 and "inherited" not in vars(Owner)
     with pytest.raises(AttributeError), applied([*rows, Patch(Owner, "gone", lambda x: x, ".")]):
         pass
+    with applied([*rows, Patch(Owner, "gone", lambda x: (x, 1), ".", may_be_missing=True)]):
+        assert Owner.gone == (None, 1)
+    assert not hasattr(Owner, "gone")
     assert Owner.own == 2 and "inherited" not in vars(Owner)
 
 

@@ -59,6 +59,11 @@ def test_each_pattern_has_a_graph_of_its_own_and_validation_none(monkeypatch):
 def test_weight_gradients_are_added_through_names_of_the_module():
     from megatron.core.tensor_parallel import layers
 
+    from rat_megatron.training.patches import applied, fused, table
+
+    with applied(table._kernels(Namespace(gradient_accumulation_fusion=True))):  # as on a GPU without Apex
+        assert layers._grad_accum_fusion_available and layers.fused_weight_gradient_mlp_cuda is fused.WeightGradient
+    assert not layers._grad_accum_fusion_available and not hasattr(layers, "fused_weight_gradient_mlp_cuda")
     backward = _source(layers.LinearWithGradAccumulationAndAsyncCommunication.backward)
     for kind in ("fp32", "fp16"):
         assert f"fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_{kind}(\n" in backward

@@ -21,6 +21,7 @@ class Patch:
     name: str
     make: Callable[[Any], Any]
     why: str
+    may_be_missing: bool = False  # Megatron has the name only beside another library; ``make`` then gets None
 
 
 @contextmanager
@@ -30,7 +31,8 @@ def applied(patches: Iterable[Patch]) -> Iterator[None]:
     try:
         for patch in patches:
             original = vars(patch.owner).get(patch.name, _INHERITED)
-            setattr(patch.owner, patch.name, patch.make(getattr(patch.owner, patch.name)))
+            default = (None,) if patch.may_be_missing else ()
+            setattr(patch.owner, patch.name, patch.make(getattr(patch.owner, patch.name, *default)))
             before.append((patch, original))
         yield
     finally:

@@ -88,7 +88,7 @@ def _kernels(args: Namespace) -> list[Patch]:
             "wants Apex's extension, for a product that Transformer Engine has too."
         )
         rows += [
-            Patch(layers, "fused_weight_gradient_mlp_cuda", lambda _: fused.WeightGradient, why),
+            Patch(layers, "fused_weight_gradient_mlp_cuda", lambda _: fused.WeightGradient, why, may_be_missing=True),
             Patch(layers, "_grad_accum_fusion_available", lambda _: True, why),
         ]
     if language_module.te_parallel_cross_entropy is not None:
