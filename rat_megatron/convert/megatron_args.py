@@ -10,32 +10,17 @@ import torch
 
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig
-
-# Settings of Megatron that change the layer; a checkpoint with other values is not a RAT+ model.
-_FIXED = {
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "use_rope_scaling": False,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "swiglu": False,
-    "squared_relu": False,
-    "apply_layernorm_1p": False,
-    "multi_latent_attention": False,
-    "num_experts": None,
-}
+from rat_megatron.model.architecture import FIXED, SPEC, other_values
 
 
 def config_from_args(args: Namespace, source: Path, pattern: str | None) -> RatPlusConfig:
     """The Hugging Face config of the model that Megatron's arguments describe; end-of-text is the document end that training used."""
     if not hasattr(args, "rat_recurrence"):
         raise UserError(f"{source} is not a RAT+ checkpoint: its arguments have no rat_recurrence, so pretrain_rat.py did not write it")
-    for name, value in _FIXED.items():
-        if getattr(args, name, value) != value:
-            raise UserError(f"{source} was trained with {name}={getattr(args, name)}: a RAT+ model has {name}={value}")
+    for name, value, right in other_values(args):
+        raise UserError(f"{source} was trained with {name}={value}: a RAT+ model has {name}={right}")
+    if (spec := getattr(args, "spec", None)) not in (None, SPEC):
+        raise UserError(f"{source} was trained with the layers of --spec {' '.join(spec)}: only RAT+ layers have a Hugging Face form")
     try:
         return RatPlusConfig(
             vocab_size=args.vocab_size or args.padded_vocab_size,
@@ -64,7 +49,7 @@ def args_from_config(config: RatPlusConfig, dtype: torch.dtype, source: Path) ->
     """Megatron's arguments as far as they describe the model: what config_from_args, training and Megatron's loader look at."""
     has_tokenizer = (source / "tokenizer_config.json").is_file()
     return Namespace(
-        **_FIXED,
+        **FIXED,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -79,7 +64,6 @@ def args_from_config(config: RatPlusConfig, dtype: torch.dtype, source: Path) ->
         seq_length=config.max_position_embeddings,
         max_position_embeddings=config.max_position_embeddings,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        attention_output_gate=True,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,

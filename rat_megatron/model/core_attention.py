@@ -20,6 +20,12 @@ from rat_megatron.parallel.context_parallel import attention_context_parallel
 from rat_megatron.ratplus.pattern import AttentionPattern
 
 
+def refuse_packed_documents(packed_seq_params: PackedSeqParams | None) -> None:
+    """Raises ValueError where Megatron hands over the bounds of documents: recurrence and sparse patterns would run across them."""
+    if packed_seq_params is not None:
+        raise ValueError("RAT+ layers do not support packed documents (packed_seq_params): every row is one document to them")
+
+
 class RATCoreAttention(MegatronModule):
     """Causal attention under this layer's pattern; takes the place of Megatron's DotProductAttention.
 
@@ -70,8 +76,9 @@ class RATCoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [sq, b, np, hn], key and value [sk, b, ng, hn] -> [sq, b, np * hn]. The pattern is the mask: none is taken."""
+        refuse_packed_documents(packed_seq_params)
         if self.pattern.is_dense and self.dense is not None:
-            return self.dense(query, key, value, attention_mask, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params)
+            return self.dense(query, key, value, attention_mask, attn_mask_type=attn_mask_type)
         heads = query.shape[2]
         pattern = self.pattern.head_slice(self.pg_collection.tp.rank() * heads, heads)
         if self.pg_collection.cp.size() > 1:

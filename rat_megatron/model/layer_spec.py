@@ -21,6 +21,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from rat_megatron.model.architecture import other_values
 from rat_megatron.model.core_attention import RATCoreAttention
 from rat_megatron.model.rat_attention import RATSelfAttention, RotaryTables
 
@@ -28,8 +29,11 @@ from rat_megatron.model.rat_attention import RATSelfAttention, RotaryTables
 def get_rat_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """The spec of one RAT+ layer; of the plain-attention baseline where ``config.rat_recurrence`` is False.
 
-    ``config.transformer_impl`` chooses Transformer Engine's modules or Megatron's local ones.
+    ``config.transformer_impl`` chooses Transformer Engine's modules or Megatron's local ones. Raises ValueError for settings that these
+    layers would ignore, or that make another model (rat_megatron.model.architecture).
     """
+    for name, value, right in other_values(config):
+        raise ValueError(f"{name} is {value!r}, and a RAT+ layer has {right!r}")
     if config.transformer_impl == "transformer_engine":
         if not HAVE_TE:
             raise ValueError("transformer_impl is 'transformer_engine', but Transformer Engine is not installed: use 'local'")

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from rat_megatron.model.core_attention import refuse_packed_documents
 from rat_megatron.ops.gated_scan import scan_mixed_qkv
 from rat_megatron.parallel.context_parallel import scan_mixed_qkv_context_parallel
 
@@ -80,9 +82,11 @@ class RATSelfAttention(SelfAttention):
         attention_mask: Tensor | None,
         *args: Any,
         rotary_pos_emb: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Megatron's Attention.forward, whose RoPE the scan takes over where it can: the keys then need no pass over memory for it."""
+        refuse_packed_documents(packed_seq_params)
         self._angles = None
         of_queries, of_keys = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
         if of_keys is not None and of_keys is of_queries and self._scan_can_turn(of_keys):

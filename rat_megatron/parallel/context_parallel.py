@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops.dilated_attention import dilated_attention, kept_positions, segment_attention
 from rat_megatron.ops.dilated_attention.heads import attend_by_head
+from rat_megatron.ops.dilated_attention.reference import causal_attention
 from rat_megatron.ops.gated_scan import (
     adjoint_summary,
     mixed_qkv_widths,
@@ -117,6 +118,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: f
     if head.is_dense or head.blocks or max(head.window, head.sinks) > length:
         kv = torch.cat([k, v], dim=2)  # [s, b, 2 ng, hn]: one message for both
         keys, values = torch.cat(in_sequence_order(gather_from_sequence_parallel_region(kv, group=group), size)).chunk(2, dim=2)
+        if head.is_dense:  # chunk by chunk, each over the keys up to its end: without a mask of all [s, c * s] scores
+            ends = [(chunk + 1) * length for chunk in chunks]
+            outputs = [causal_attention(x, keys[:end], values[:end], softmax_scale) for x, end in zip(q.chunk(2), ends, strict=True)]
+            return torch.cat(outputs)
         at = torch.cat([torch.arange(chunk * length, (chunk + 1) * length, device=q.device) for chunk in chunks])
         every = torch.arange(keys.shape[0], device=q.device)
         return dilated_attention(q, keys, values, LayerPattern((head,)), softmax_scale, at, every)

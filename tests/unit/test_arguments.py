@@ -21,13 +21,11 @@ def check(monkeypatch):
     """check(flags...) -> (arguments as given, what follows from the data); raises what the user would see."""
 
     def run(*flags):
-        from megatron.training.arguments import parse_args
-
+        from rat_megatron.training.arguments import read_command_line
         from rat_megatron.training.arguments.checks import check_and_derive
-        from rat_megatron.training.arguments.flags import add_rat_args
 
         monkeypatch.setattr(sys, "argv", ["pretrain_rat.py", *map(str, flags)])
-        given = parse_args(add_rat_args)
+        given = read_command_line()
         return given, check_and_derive(given)
 
     return run

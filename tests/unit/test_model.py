@@ -244,8 +244,9 @@ def test_megatrons_own_spec_flag_takes_the_block_spec(monkeypatch):
     flags = (
         "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 "
         "--lr 1e-3 --train-iters 1 --vocab-size 64 --tokenizer-type NullTokenizer --transformer-impl local --normalization RMSNorm "
-        "--disable-bias-linear --attention-output-gate --position-embedding-type rope --no-masked-softmax-fusion --no-persist-layer-norm "
-        "--no-bias-dropout-fusion --no-rope-fusion --no-gradient-accumulation-fusion --use-cpu-initialization --distributed-backend gloo "
+        "--disable-bias-linear --attention-output-gate --attention-dropout 0 --position-embedding-type rope --no-masked-softmax-fusion "
+        "--no-persist-layer-norm --no-bias-dropout-fusion --no-rope-fusion --no-gradient-accumulation-fusion --use-cpu-initialization "
+        "--distributed-backend gloo "
         "--spec rat_megatron.model.layer_spec get_rat_block_spec"
     )
     monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *flags.split()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from rat_megatron.ratplus.pattern import HeadPattern
 
@@ -18,8 +19,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Dense attention of a whole sequence: q [s, b, np, hn], k and v [s, b, ng, hn]."""
-    return _sdpa(q, k, v, softmax_scale, is_causal=True)
+    """Dense attention of the last sq tokens of a sequence: q [sq, b, np, hn], k and v [sk, b, ng, hn]."""
+    if len(q) == len(k):
+        return _sdpa(q, k, v, softmax_scale, is_causal=True)
+    if q.is_cuda:  # a bias that torch's kernels take without a [sq, sk] mask, where they run
+        return _sdpa(q, k, v, softmax_scale, attn_mask=causal_lower_right(len(q), len(k)))
+    return _sdpa(q, k, v, softmax_scale, attn_mask=torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q)))
 
 
 def segment_attention(

@@ -1,4 +1,4 @@
-"""The command line of pretraining: every Megatron flag, the ``--rat-*`` ones, presets, and checks that end early.
+"""The command line of pretraining: Megatron's flags but those of other models, the ``--rat-*`` ones, presets, and checks that end early.
 
 Defaults come in layers, later ones winning: Megatron's, the RAT+ model's, the machine's, the preset's, what follows from the data,
 the command line.
@@ -6,20 +6,35 @@ the command line.
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from functools import partial
 
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 
 from rat_megatron.errors import UserError
+from rat_megatron.training.arguments.architecture import check_architecture
 from rat_megatron.training.arguments.checks import check_and_derive
-from rat_megatron.training.arguments.flags import add_rat_args
+from rat_megatron.training.arguments.flags import add_rat_args, given
 
 
 def parse_arguments() -> Namespace:
     """Reads, completes and checks the command line, and sets Megatron's globals; raises UserError or PatternError."""
     try:
-        given = parse_args(add_rat_args)
-        return parse_and_validate_args(partial(add_rat_args, derived=check_and_derive(given)))
+        derived = check_and_derive(read_command_line())
+        return parse_and_validate_args(partial(add_rat_args, derived=derived))
     except AssertionError as error:  # how Megatron refuses arguments
         raise UserError(str(error) or "Megatron refuses this combination of arguments") from error
+
+
+def read_command_line() -> Namespace:
+    """The arguments as given, of a RAT+ model and no other; raises UserError."""
+    if given("--yaml-cfg"):  # Megatron would take it in place of the command line
+        raise UserError("--yaml-cfg is not supported: give the flags on the command line")
+    args = parse_args(add_rat_args)
+    check_architecture(args, flags_of_this_program())
+    return args
+
+
+def flags_of_this_program() -> ArgumentParser:
+    """A parser of Megatron's flags and ours, with the defaults that hold here."""
+    return add_rat_args(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))

@@ -54,16 +54,6 @@ def _check_features(args: Namespace) -> None:
     cuda = torch.cuda.is_available()
     if args.transformer_impl == "transformer_engine" and not (cuda and HAVE_TE):
         raise UserError("--transformer-impl transformer_engine needs a GPU with Transformer Engine: use --transformer-impl local here")
-    refused = {
-        "--multi-latent-attention": args.multi_latent_attention,
-        "--num-experts": args.num_experts,
-        "--mtp-num-layers": args.mtp_num_layers,
-        "--swiglu": args.swiglu,
-        "--window-size": args.window_size,
-    }
-    for flag, value in refused.items():
-        if value:
-            raise UserError(f"{flag} is not part of a RAT+ layer: leave it out")
     if args.cuda_graph_impl in ("local", "transformer_engine"):
         raise UserError(
             f"--cuda-graph-impl {args.cuda_graph_impl} would train one attention pattern where active recurrence learning and validation "

@@ -17,6 +17,8 @@ from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.loop.validation import loss_name
 from rat_megatron.training.monitoring.loss_spikes import is_nan_noted
 
+_SPIKE = 10  # times the largest of the first losses, as Megatron's pretrain_gpt.py has it
+
 
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel):
     """One forward pass under the model's current attention pattern, whose loss it names."""
@@ -50,6 +52,15 @@ def loss_func(loss_mask: torch.Tensor, sample_ids: torch.Tensor | None, name: st
             message="found NaN in local forward loss calculation",
             tolerance=0.0,
             fatal=True,
+        )
+    if args.check_for_spiky_loss:
+        rerun_machine = get_rerun_state_machine()
+        rerun_machine.validate_result(
+            result=loss,
+            rejection_func=partial(rerun_machine.is_unexpectedly_large, threshold=_SPIKE, context=name),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
         )
     if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         # Megatron divides by this number and averages over the ranks: make that the mean over all their tokens.

@@ -1,0 +1,38 @@
+"""Refuses Megatron's flags that would give another model than RAT+, or that would change nothing (rat_megatron.model.architecture)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import Namespace
+
+from rat_megatron.errors import UserError
+from rat_megatron.model.architecture import SPEC, other_values, unused_flags
+
+
+def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises UserError for the first flag that a RAT+ model does not have, or that this program has no use for.
+
+    ``args`` as parsed, before Megatron completes them; ``parser`` is a parser of the same flags.
+    """
+    groups = {action.dest: group.title or "" for group in parser._action_groups for action in group._group_actions}
+    options = [(action.dest, option) for action in parser._actions for option in action.option_strings]
+    flags = dict(options) | {name: option for name, option in options if option in sys.argv}  # by the name that was typed
+    for name, value, right in other_values(args):
+        typed, instead = flags[name], ""
+        if right is not None and not isinstance(right, bool):
+            typed, instead = f"{typed} {value}", f", or give {right}"
+        raise UserError(f"{typed} is not part of a RAT+ layer: leave it out{instead}")
+    for name, reason in unused_flags(args, groups, vars(parser.parse_args([]))):
+        raise UserError(f"{flags[name]} {reason}" + ("" if ": " in reason else ": leave it out"))
+    if args.transformer_impl not in ("local", "transformer_engine"):
+        raise UserError(f"--transformer-impl {args.transformer_impl} cannot train: give transformer_engine or local")
+    if args.spec not in (None, SPEC):
+        raise UserError(
+            f"--spec {' '.join(args.spec)} gives other layers than RAT+: leave it out, or train with Megatron's pretrain_gpt.py"
+        )
+    if args.optimizer not in ("adam", "sgd", "lion"):
+        raise UserError(
+            f"--optimizer {args.optimizer} is not supported: it would cut the fused projection as Megatron's q, gate, k and v, "
+            "and RAT+'s has a forget gate besides; give adam, sgd or lion"
+        )
