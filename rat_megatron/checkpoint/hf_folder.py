@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,8 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as Transformers
+# What a causal model reads, whatever model the tokenizer was made for, and where its prompts are padded.
+_TOKENIZER_SETTINGS: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
 _AUTO_MAP = {
     "AutoConfig": "configuration_ratplus.RatPlusConfig",
     "AutoModel": "modeling_ratplus.RatPlusModel",
@@ -119,13 +122,15 @@ def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None) -
     """Writes config, generation config, the model's code and the tokenizer, whose special ids fill those that the config lacks."""
     if tokenizer is not None:
         try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
+            loaded = AutoTokenizer.from_pretrained(tokenizer, **_TOKENIZER_SETTINGS)
         except Exception as error:
             raise UserError(f"{tokenizer} holds no tokenizer that Transformers can load: {one_line(error)}") from error
         if getattr(config, "tokenizer_hash", None) not in (None, tokenizer_hash(loaded)):
             raise UserError(
                 f"{tokenizer} is not the tokenizer that the training data was made with: give --tokenizer the folder of that one"
             )
+        if loaded.pad_token is None:  # batches of prompts need one; the mask says which are padding
+            loaded.pad_token = loaded.eos_token
         loaded.save_pretrained(folder)
         config.bos_token_id, config.pad_token_id = loaded.bos_token_id, loaded.pad_token_id
         if config.eos_token_id is None:

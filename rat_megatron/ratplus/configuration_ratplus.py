@@ -68,7 +68,7 @@ class RatPlusConfig(PretrainedConfig):
             raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns channels in pairs")
         if block_scores not in ("bounds", "means"):
             raise ValueError(f"block_scores is 'bounds' or 'means', not {block_scores!r}")
-        self.attention_pattern = str(self.parse_pattern(attention_pattern))
+        self.attention_pattern = attention_pattern
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -76,6 +76,10 @@ class RatPlusConfig(PretrainedConfig):
             pad_token_id=pad_token_id,
             **kwargs,
         )
+
+    def __setattr__(self, name: str, value) -> None:
+        """A pattern is checked and brought to its shortest form whenever it is set; the model follows from its next call on."""
+        super().__setattr__(name, str(self.parse_pattern(value)) if name == "attention_pattern" else value)
 
     def parse_pattern(self, word: str) -> AttentionPattern:
         """Reads a pattern word and checks that it fits this model; raises PatternError (a ValueError) otherwise."""

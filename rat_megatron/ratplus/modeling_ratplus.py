@@ -6,6 +6,7 @@ beside it (configuration, attention, cache, rotary, pattern), and runs on transf
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,14 @@ from .cache_ratplus import CACHE_NAME, RatPlusCache
 from .configuration_ratplus import RatPlusConfig
 from .pattern import AttentionPattern, LayerPattern
 from .rotary_ratplus import rotary_tables, wide
+
+_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what Trainer and the loss functions pass on
+_OF_GENERATE = ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer")  # generate() passes them on, forward has no use
+_PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # how Transformers and TRL mark packed documents
+_ONE_ROW_EACH = (
+    "packed documents are not supported and would be mixed: give each document a row of its own, padded (in TRL: packing=False, "
+    "padding_free=False)"
+)
 
 
 class RatPlusAttention(nn.Module):
@@ -52,19 +61,22 @@ class RatPlusAttention(nn.Module):
             None if projection is None else projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.forget_gate_proj)
         )  # [b, t, np * hn] -> [b, np, t, hn]
-        tokens, scores = tokens.to(q.device), self.config.block_scores
+        dtype, tokens, scores = q.dtype, tokens.to(q.device), self.config.block_scores
         sets = head_sets(pattern, q.shape[1], k.shape[1])
-        caches = [None] * len(sets)
-        if past_key_values is not None:
-            heads, keys = [each.head for each in sets], [k[:, each.groups] for each in sets]
-            caches = past_key_values.heads(self.layer_idx, heads, keys, scores)
-        outputs = [
-            attend(
-                q[:, each.queries], None if f is None else f[:, each.groups], k[:, each.groups], v[:, each.groups],
-                rotary, each.head, tokens, cache, scores,
-            )
-            for each, cache in zip(sets, caches, strict=True)
-        ]  # fmt: skip
+        with _no_autocast(q.device):  # everything here says in which precision it computes
+            caches = [None] * len(sets)
+            if past_key_values is not None:
+                heads, keys = [each.head for each in sets], [k[:, each.groups] for each in sets]
+                caches = past_key_values.heads(self.layer_idx, heads, keys, scores)
+                kept = caches[0].k.dtype  # another one than the projections' where autocast has begun or ended since
+                q, k, v, f = (None if x is None else x.to(kept) for x in (q, k, v, f))
+            outputs = [
+                attend(
+                    q[:, each.queries], None if f is None else f[:, each.groups], k[:, each.groups], v[:, each.groups],
+                    rotary, each.head, tokens, cache, scores,
+                )
+                for each, cache in zip(sets, caches, strict=True)
+            ]  # fmt: skip
         out = outputs[0]
         if len(sets) > 1:
             out = torch.empty_like(q)
@@ -72,7 +84,7 @@ class RatPlusAttention(nn.Module):
                 out[:, each.queries] = part
         out = out.transpose(1, 2).flatten(2)  # [b, t, np * hn]
         gate = torch.sigmoid(wide(self.output_gate_proj(hidden_states)))
-        return self.o_proj((out * gate).to(out.dtype))
+        return self.o_proj((out * gate).to(dtype))
 
 
 class RatPlusMLP(nn.Module):
@@ -123,9 +135,7 @@ class RatPlusPreTrainedModel(PreTrainedModel):
 
         Raises PatternError (a ValueError) when the word does not parse or does not fit the model's layers and heads.
         """
-        pattern = self.config.parse_pattern(word)
-        self.base_model.attention_pattern = pattern
-        self.config.attention_pattern = str(pattern)
+        self.config.attention_pattern = word
 
 
 class RatPlusModel(RatPlusPreTrainedModel):
@@ -136,9 +146,16 @@ class RatPlusModel(RatPlusPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([RatPlusDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention_pattern: AttentionPattern = config.parse_pattern(config.attention_pattern)
+        self._parsed = config.attention_pattern, config.parse_pattern(config.attention_pattern)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def attention_pattern(self) -> AttentionPattern:
+        """The pattern that the config names now."""
+        if self._parsed[0] != self.config.attention_pattern:
+            self._parsed = self.config.attention_pattern, self.config.parse_pattern(self.config.attention_pattern)
+        return self._parsed[1]
 
     @can_return_tuple
     def forward(
@@ -158,16 +175,17 @@ class RatPlusModel(RatPlusPreTrainedModel):
         """Hidden states [b, t, h] of input_ids [b, t] or inputs_embeds [b, t, h].
 
         attention_mask [b, s], s counting cached tokens too, is 0 at padding, which may stand on either side. A padded token is not
-        seen, leaves the recurrent state alone and takes no position: the pattern counts real tokens. position_ids [b, t] only
-        replace the positions that RoPE uses. attention_pattern is this call's, in place of the model's. A cache is made when
-        use_cache (default: config.use_cache, except in training); gradients do not flow through it. ``cache`` is what Transformers
-        calls past_key_values since 5.24. Raises ValueError for input that does not fit, an empty prompt and more tokens than
-        config.max_position_embeddings among it.
+        seen, leaves the recurrent state alone and takes no position: the pattern counts real tokens. position_ids [b, t], which rise
+        along a row, only replace the positions that RoPE uses. attention_pattern is this call's, in place of the model's. A cache is
+        made when use_cache (default: config.use_cache, except in training); gradients do not flow through it. ``cache`` is what
+        Transformers calls past_key_values since 5.24. Raises ValueError for input that does not fit, an empty prompt and more tokens
+        than config.max_position_embeddings among it, for packed documents, and for arguments that it does not know.
         """
+        _refuse_unknown(kwargs)
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions is not supported: attention runs fused and never forms its weights")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
@@ -183,7 +201,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
 
         pattern = self.attention_pattern if attention_pattern is None else self.config.parse_pattern(attention_pattern)
         columns = 0 if past_key_values is None else past_key_values.get_seq_length()
-        self._check_lengths(hidden_states, columns, attention_mask)
+        self._check_lengths(hidden_states, columns, attention_mask, past_key_values)
         if past_key_values is not None:
             past_key_values.begin(hidden_states, pattern, self.config)
 
@@ -192,9 +210,12 @@ class RatPlusModel(RatPlusPreTrainedModel):
         if attention_mask is not None and hidden_states.shape[1] > 1:
             order = (attention_mask[:, columns:] == 0).to(hidden_states.device).int().argsort(dim=1, stable=True)
             hidden_states = _in_order(hidden_states, order)
-            position_ids = position_ids if position_ids is None else position_ids.expand(order.shape).gather(1, order)
+            position_ids = position_ids if position_ids is None else position_ids.to(order.device).expand(order.shape).gather(1, order)
         tokens = _count_tokens(hidden_states, columns, attention_mask, past_key_values)
-        if position_ids is None:  # where nothing came before, one table serves all rows
+        if position_ids is not None:
+            position_ids = position_ids.to(hidden_states.device)
+            _refuse_restarts(position_ids, tokens)
+        else:  # where nothing came before, one table serves all rows
             position_ids = tokens.positions if columns else tokens.positions[:1]
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
 
@@ -216,16 +237,60 @@ class RatPlusModel(RatPlusPreTrainedModel):
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
         )
 
-    def _check_lengths(self, x: torch.Tensor, columns: int, attention_mask: torch.Tensor | None) -> None:
+    def _check_lengths(self, x: torch.Tensor, columns: int, attention_mask: torch.Tensor | None, past: RatPlusCache | None) -> None:
         batch, length = x.shape[:2]
         total, limit = columns + length, self.config.max_position_embeddings
         if length == 0:
             raise ValueError("the prompt is empty: give at least one token")
-        if total > limit:
-            raise ValueError(f"{total} tokens are more than max_position_embeddings, {limit}: shorten the prompt or raise it in the config")
         if attention_mask is not None and attention_mask.shape != (batch, total):
             shape = tuple(attention_mask.shape)
             raise ValueError(f"attention_mask has shape {shape}, but [batch, cached + new tokens] is {(batch, total)}")
+        if attention_mask is not None and attention_mask.dtype != torch.bool and length > 1 and not _is_recorded():
+            if ((attention_mask != 0) & (attention_mask != 1)).any():
+                raise ValueError(f"attention_mask holds more than 0 and 1; {_ONE_ROW_EACH}")
+        if total > limit and not _is_recorded():  # padding takes no position
+            if attention_mask is not None:
+                total = int((attention_mask != 0).sum(dim=1).max())
+            elif past is not None and past.lengths is not None:
+                total = int(past.lengths.max()) + length
+            if total > limit:
+                raise ValueError(
+                    f"{total} tokens are more than max_position_embeddings, {limit}: shorten the prompt or raise it in the config"
+                )
+
+
+def _is_recorded() -> bool:
+    """Whether torch.compile or a CUDA graph records the calls, so that no value may be asked for."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _no_autocast(device: torch.device):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _refuse_unknown(arguments: dict, known: tuple[str, ...] = ()) -> None:
+    """Raises ValueError for arguments of forward that nobody reads, unless they are None."""
+    names = [name for name, value in arguments.items() if value is not None and name not in known]
+    if packed := [name for name in names if name in _PACKED]:
+        raise ValueError(f"{', '.join(packed)}: {_ONE_ROW_EACH}")
+    if names:
+        hint = " (make the tokenizer leave it out: model_input_names)" if "token_type_ids" in names else ""
+        raise ValueError(f"forward() does not know {', '.join(names)}: correct the name or leave it out{hint}")
+
+
+def _refuse_restarts(position_ids: torch.Tensor, tokens: Tokens) -> None:
+    """Raises ValueError where positions [b or 1, t] do not rise from one real token to the next: another document begins there.
+
+    Looks at several tokens at once only, so that decoding does not wait for the device.
+    """
+    if tokens.length == 1 or _is_recorded():
+        return
+    position_ids = position_ids.expand(len(tokens.before), -1)
+    falls = torch.cat([position_ids[:, :1] < tokens.before[:, None], position_ids[:, 1:] <= position_ids[:, :-1]], dim=1)
+    if (falls if tokens.real is None else falls & tokens.real).any():
+        raise ValueError(f"position_ids start again within a row; {_ONE_ROW_EACH}")
 
 
 def _in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -273,8 +338,9 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [b, t, vocab], of the last logits_to_keep tokens or of the indices it lists (0: all), and with labels [b, t] the loss.
 
-        The other arguments are RatPlusModel.forward's. Labels are shifted here; -100 is ignored.
+        The other arguments are RatPlusModel.forward's, and what the loss function takes. Labels are shifted here; -100 is ignored.
         """
+        _refuse_unknown(kwargs, _LOSS_ARGUMENTS)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -291,23 +357,45 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}, hidden_states=outputs.hidden_states
         )
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
         """Leaves positions to the model, which counts real tokens: Transformers' own are columns when a prompt comes in chunks."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        return {name: value for name, value in inputs.items() if name not in ("position_ids", "cache_position")}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in _OF_GENERATE}
+
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        if model_kwargs.get("position_ids") is not None:
+            raise ValueError("generate() counts positions itself, padding left out: give it no position_ids")
+        super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, batch_size, max_cache_length) -> None:
-        """Gives generate() a RatPlusCache, with room for all tokens, where Transformers would make a DynamicCache."""
+        """Gives generate() a RatPlusCache, with room for all tokens, where Transformers would make a DynamicCache.
+
+        This is where both versions of Transformers know the length, so what cannot end well is refused here, before any work.
+        """
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation '{generation_config.cache_implementation}' does not apply: RAT+ has a cache of its own")
+        self._check_generated_length(model_kwargs.get("attention_mask"), max_cache_length)
+        if (word := getattr(generation_config, "attention_pattern", None)) is not None:
+            model_kwargs["attention_pattern"] = word
         given = model_kwargs.get(CACHE_NAME)
         if isinstance(given, RatPlusCache):
             given._is_user_defined = True  # as Transformers does: the caller goes on with it, so it may hold no token too many
         elif given is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = RatPlusCache(max_cache_length)
+
+    def _check_generated_length(self, attention_mask: torch.Tensor | None, columns: int) -> None:
+        """Raises ValueError when ``columns``, all that will be read, hold too many real tokens. The mask [b, prompt] says which are."""
+        limit, padding = self.config.max_position_embeddings, 0
+        if columns > limit and attention_mask is not None:
+            padding = int((attention_mask == 0).sum(dim=1).min())
+        if columns - padding > limit:
+            raise ValueError(
+                f"the prompt and max_new_tokens (or max_length) make {columns - padding + 1} tokens, but the model reads up to {limit} "
+                "(max_position_embeddings): shorten one of them"
+            )
