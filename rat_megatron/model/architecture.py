@@ -107,7 +107,7 @@ UNUSED = (
             ),
             *("mask_prob", "short_seq_prob", "sample_rate", "yaml_cfg", "use_mamba_mem_eff_path", "max_seqlen_per_dp_cp_rank"),
         ),
-        but=("cuda_graph_modules",),
+        but=("cuda_graph_modules", "cuda_graph_scope_deprecated"),
     ),
     Unused(
         "is for layers that a RAT+ model does not have",

@@ -26,6 +26,9 @@ class RATTransformerConfig(TransformerConfig):
     rat_pattern: str = "dense"
     """The attention pattern that the model starts with (rat_megatron.ratplus.pattern)."""
 
+    normalization: str = "RMSNorm"
+    add_bias_linear: bool = False
+    attention_dropout: float = 0.0
     attention_output_gate: bool = True
 
     def __post_init__(self):

@@ -14,7 +14,7 @@ from rat_megatron.parallel.context_parallel import attention_context_parallel, s
 from rat_megatron.ratplus.pattern import AttentionPattern
 
 LENGTH, BATCH, GROUPS, DIM = 512, 2, 2, 64
-WORDS = ["d16", "d16w16s4", "d4s6", "w20s3", "{d16,d8w3s2,d16,d64}"]
+WORDS = ["d16", "d16w16s4", "d4s6", "w20s3", "{d16,d8w3s2,d16,d64}", "dense", "{dense,d16,d8w3s2,d16}", "{dense,d16k4,d16,d16k4+d}"]
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +73,13 @@ def test_a_cuda_graph_captures_a_step_and_computes_the_same(group, word):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_dense_heads_of_a_hybrid_layer_make_no_mask_of_all_scores(group):
+    """[s, s] of bool would be 1 GiB here."""
+    q, k, v = (torch.randn(32768, 1, heads, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (2, 2, 2))
+    pattern = AttentionPattern.parse("{dense,d16}").layer(0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention_context_parallel(q, k, v, pattern, 0.1, group).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 2**28

@@ -39,6 +39,13 @@ def test_a_cuda_graph_of_each_pattern_trains_as_the_host_does(data, fp8, toleran
     assert eager[-1, 0] < eager[0, 0] - 0.1
 
 
+def test_a_cuda_graph_captures_heads_of_several_patterns(data):
+    hybrid = "--rat-pattern [dense,{dense,d16w16s4}]"
+    eager, graphs = losses_of(data, hybrid), losses_of(data, f"{hybrid} --cuda-graph-impl full_iteration")
+    torch.testing.assert_close(graphs, eager, rtol=2e-3, atol=0)
+    assert eager[-1, 0] < eager[0, 0] - 0.1
+
+
 GRAPHS, PRECISION_AWARE = "--cuda-graph-impl full_iteration", "--use-precision-aware-optimizer"
 
 

@@ -48,21 +48,17 @@ def unused(group, name):
 def typed_otherwise(parser, name):
     """The words on the command line that give an argument another value than its default; None where no words do."""
     default = vars(parser.parse_args([]))[name]
-    for action in parser._actions:
-        if action.dest != name:
-            continue
-        if action.nargs == 0:
-            if action.const != default:
-                return [action.option_strings[-1]]
-            continue
-        values = [str(c) for c in action.choices] if action.choices else ["3", "0.25", "yes", "NullTokenizer", "[1,2]", "a-b"]
-        for value in values:
+    for action in (action for action in parser._actions if action.dest == name):
+        values = (
+            [str(choice) for choice in action.choices] if action.choices else ["3", "7", "0.25", "yes", "NullTokenizer", "[1,2]", "a-b"]
+        )
+        for words in [[o] for o in action.option_strings] + [[o, value] for o in action.option_strings for value in values]:
             try:
-                read = parser.parse_args([action.option_strings[-1], value])
-            except (UserError, ValueError):
+                read = parser.parse_args(words)
+            except (UserError, ValueError, KeyError):  # KeyError: of an enumeration
                 continue
             if vars(read)[name] != default:
-                return [action.option_strings[-1], value]
+                return words
     return None
 
 

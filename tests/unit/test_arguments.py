@@ -201,6 +201,7 @@ def test_fp8_attention_reaches_megatrons_configuration(check, tiny_data, monkeyp
     assert config.fp8_dot_product_attention and config.fp8_multi_head_attention
 
 
+@pytest.mark.slow
 def test_help_prints():
     result = pretrain("--help")
     assert "--rat-pattern" in result.stdout and "--tensor-model-parallel-size" in result.stdout
@@ -279,6 +280,7 @@ def test_damaged_shards_are_found_before_training(check, tiny_data, tmp_path):
         check(*good)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, sentence", [(["--rat-pattern", "d16x"], "unknown attention pattern"), (["--eval-iters", "9999"], "use --eval-iters")]
 )

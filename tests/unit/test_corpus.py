@@ -10,6 +10,8 @@ from rat_megatron.data import corpus
 from rat_megatron.data.corpus import EOD_TOKEN, build_corpus
 from rat_megatron.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):

@@ -14,6 +14,8 @@ from rat_megatron.ratplus.cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern
 from tests.helpers import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_kernels_in_the_interpreter():

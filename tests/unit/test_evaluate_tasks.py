@@ -21,6 +21,8 @@ from rat_megatron.evaluation.tasks import COMMONSENSE, LONGBENCH, TaskSuite, _me
 from tests.evaluating import save_tiny_model
 from tests.preparing import EOD
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 
 PIQA = [

@@ -296,3 +296,14 @@ def test_the_scales_of_fp8_attention_are_in_a_checkpoint(recipe, is_kept, tmp_pa
     dist_checkpointing.save(saved.sharded_state_dict(), str(tmp_path))
     loaded.load_state_dict(dist_checkpointing.load(loaded.sharded_state_dict(), str(tmp_path)), strict=is_kept)
     assert [torch.equal(before.scales, after.scales) for before, after in zip(there, here, strict=True)] == [is_kept] * LAYERS
+
+
+@pytest.mark.parametrize("recurrence", [True, False], ids=["rat", "baseline"])
+def test_packed_documents_are_refused(recurrence):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    tokens = torch.randint(VOCAB, (1, LENGTH))
+    bounds = torch.tensor([0, LENGTH // 2, LENGTH], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=LENGTH, max_seqlen_kv=LENGTH)
+    with pytest.raises(ValueError, match="do not support packed documents"):
+        build(recurrence)(tokens, torch.arange(LENGTH)[None], None, labels=tokens, packed_seq_params=packed)

@@ -14,6 +14,8 @@ from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iterati
 from rat_megatron.training.patches import Patch, applied
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS
 
+pytestmark = pytest.mark.slow
+
 RUN = [*MODEL_FLAGS, *TRAIN_FLAGS, "--rat-arl-pattern", "d8", "--use-distributed-optimizer", "--rat-hang-timeout-in-mins", "5"]
 NOT_HERE = {"FullCudaGraphWrapper"}  # needs a GPU; test_patches.py compares its source
 

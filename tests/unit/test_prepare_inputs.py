@@ -23,6 +23,8 @@ from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import UserError
 from tests.preparing import contents, save_byte_tokenizer, train_texts, write_lines
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [f"{number}: time and tide wait für no one, 京 {'or so ' * (number % 7)}" for number in range(120)]
 OPTIONS = {"seq_length": 8, "workers": 1, "val_fraction": 0.0}
 

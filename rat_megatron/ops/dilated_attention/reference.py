@@ -24,7 +24,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> T
         return _sdpa(q, k, v, softmax_scale, is_causal=True)
     if q.is_cuda:  # a bias that torch's kernels take without a [sq, sk] mask, where they run
         return _sdpa(q, k, v, softmax_scale, attn_mask=causal_lower_right(len(q), len(k)))
-    return _sdpa(q, k, v, softmax_scale, attn_mask=torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q)))
+    return _sdpa(q, k, v, softmax_scale, attn_mask=torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q)))
 
 
 def segment_attention(
