@@ -16,6 +16,8 @@ from tests.evaluating import save_tiny_model
 from tests.helpers import REPOSITORY
 from tests.preparing import EOD, save_byte_tokenizer
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 
 

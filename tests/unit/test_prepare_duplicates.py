@@ -11,6 +11,8 @@ from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import UserError
 from tests.preparing import contents, run_until_killed, save_byte_tokenizer, train_texts, write_lines
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"seq_length": 8, "workers": 1, "val_fraction": 0.0, "deduplicate": True}
 
 
