@@ -100,6 +100,12 @@ def find_iteration(checkpoint: Path, step: int | None = None) -> Path:
     return folder
 
 
+def latest_iteration(checkpoint: Path) -> str | None:
+    """What the tracker file of a checkpoint folder says, an iteration or ``release``; None where there is no such file."""
+    tracker = checkpoint / TRACKER_NAME
+    return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+
+
 class TorchDistCheckpoint:
     """One iteration's folder. ``tensors`` maps every stored tensor's key to its DCP metadata (size, dtype, chunks).
 

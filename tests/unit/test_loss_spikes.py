@@ -11,10 +11,11 @@ from argparse import Namespace
 import pytest
 import torch
 
+from rat_megatron.checkpoint.torch_dist import TRACKER_NAME, TorchDistCheckpoint, find_iteration
 from rat_megatron.training.loop.arl import StepIterator
 from rat_megatron.training.monitoring import loss_spikes
 from rat_megatron.training.monitoring.loss_spikes import _Track
-from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
+from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment, tensorboard_scalars
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +31,7 @@ def faulty(loss_mask, sample_ids, name, output):
     global count
     count += sample_ids is not None
     if count >= {microbatch}:
+        pass
         {fault}
     return loss_func(loss_mask, sample_ids, name, output)
 forward_step.loss_func = faulty
@@ -46,8 +48,77 @@ def run_faulty(tiny_data, folder, microbatch: int, fault: str, *flags) -> subpro
     return subprocess.run(command, env=pretrain_environment(), capture_output=True, text=True, timeout=240)
 
 
+def _state(checkpoints, iteration: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of one iteration."""
+    checkpoint = TorchDistCheckpoint(find_iteration(checkpoints, iteration))
+    return {key: checkpoint.read(key) for key in checkpoint.tensors}
+
+
+# Two microbatches of two samples in each of two steps an iteration: in iteration 4, 13 and 14 are sparse, 15 and 16 dense.
+@pytest.mark.parametrize("microbatch, interval, saved", [(13, 1, 3), (14, 2, 3), (15, 1, 3), (16, 2, 2)])
+def test_a_nan_in_either_step_leaves_a_whole_iteration_from_which_the_run_goes_on(
+    arl_start, tiny_data, tmp_path, microbatch, interval, saved
+):
+    flags = ["--train-iters", 6, "--lr-warmup-iters", 2, "--eval-iters", 0, "--save-interval", interval]
+    flags += ["--tensorboard-dir", tmp_path / "tensorboard"]
+    result = run_faulty(tiny_data, tmp_path, microbatch, "output = output * float('nan')", *flags)
+    assert result.returncode == 16, result.stderr[-3000:]  # Megatron's exit code of a result that is the same when computed again
+    assert f"(exit code 16); on the disk is iteration {saved}, whole" in result.stdout and "--iterations-to-skip 4" in result.stdout
+    assert (tmp_path / TRACKER_NAME).read_text() == str(saved) and not (tmp_path / "iter_0000004").exists()
+    expected, found = _state(arl_start, saved), _state(tmp_path, saved)
+    assert any(key.startswith("optimizer.") for key in expected) and expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+    resumed = run_faulty(tiny_data, tmp_path, 10**9, "", *flags)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    expected, found = tensorboard_scalars(arl_start / "tensorboard"), tensorboard_scalars(tmp_path / "tensorboard")
+    for name in ("lm loss", "lm loss d8"):
+        assert {step: found[name][step] for step in range(1, 7)} == {step: expected[name][step] for step in range(1, 7)}, name
+
+
+@pytest.fixture(scope="module")
+def arl_start(tiny_data, tmp_path_factory):
+    """The same run without a fault, with a checkpoint of every iteration."""
+    folder = tmp_path_factory.mktemp("without_fault")
+    flags = [
+        "--train-iters",
+        6,
+        "--lr-warmup-iters",
+        2,
+        "--eval-iters",
+        0,
+        "--save-interval",
+        1,
+        "--tensorboard-dir",
+        folder / "tensorboard",
+    ]
+    result = run_faulty(tiny_data, folder, 10**9, "", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_a_nan_in_the_first_iteration_saves_nothing(tiny_data, tmp_path):
+    result = run_faulty(
+        tiny_data, tmp_path, 2, "output = output * float('nan')", "--train-iters", 2, "--save-interval", 1, "--eval-iters", 0
+    )
+    assert result.returncode == 16 and "on the disk is no checkpoint" in result.stdout, result.stderr[-3000:]
+    assert not list(tmp_path.glob("iter_*")) and [path.name for path in (tmp_path / "suspicious_samples").iterdir()]
+
+
+def test_samples_are_not_blamed_for_weights_that_are_not_finite(tiny_data, tmp_path):
+    fault = (
+        "from megatron.training.global_vars import get_args; import gc\n        "
+        "[p.data.fill_(float('nan')) for m in gc.get_objects() if type(m).__name__ == 'GPTModel' for p in m.parameters()]\n        "
+        "output = output * float('nan')"
+    )
+    result = run_faulty(tiny_data, tmp_path, 13, fault, "--train-iters", 8, "--save-interval", 2, "--eval-iters", 0)
+    assert result.returncode == 16, result.stderr[-3000:]
+    assert "The weights themselves are not finite" in result.stdout and not list((tmp_path / "suspicious_samples").iterdir())
+    assert (tmp_path / TRACKER_NAME).read_text() == "2" and not (tmp_path / "iter_0000003").exists()
+
+
 def test_a_nan_ends_the_run_and_names_its_samples(tiny_data, tmp_path):
-    # Two microbatches of two samples in each of two steps an iteration: the 14th is the second one of the dense step of iteration 4.
     result = run_faulty(tiny_data, tmp_path, 14, "output = output * float('nan')", "--train-iters", 8)
     assert result.returncode in (16, 17), result.stderr[-3000:]  # Megatron's exit codes of a result that failed validation
     notes = sorted((tmp_path / "suspicious_samples").glob("*nan*.json"))

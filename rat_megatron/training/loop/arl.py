@@ -80,7 +80,8 @@ class _HeldScheduler:
 def arl_train_step(train_step: Callable[..., tuple], sparse: AttentionPattern, dense: AttentionPattern) -> Callable[..., tuple]:
     """Wraps Megatron's ``train_step`` so that one iteration is the sparse step, then the dense step, on the same microbatches.
 
-    Returns what the dense step returns, with both steps' losses and the sparse step's gradient norm in its loss dictionary.
+    Returns what the dense step returns, with both steps' losses and the sparse step's gradient norm in its loss dictionary. Where the
+    dense step ends the run it never asks for a checkpoint: the weights are then those of half an iteration.
     """
 
     def step(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, *args, **kwargs):
@@ -97,12 +98,14 @@ def arl_train_step(train_step: Callable[..., tuple], sparse: AttentionPattern, d
         get_rerun_state_machine().current_iteration -= 1  # a pair counts as one iteration
         second = train_step(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, *args, **kwargs)
 
-        losses, skipped, *rest = second
+        losses, skipped, should_checkpoint, should_exit, *rest = second
+        if should_exit:
+            return losses, skipped, False, True, *rest
         losses = {**losses, **sparse_losses}
         if losses and sparse_grad_norm is not None:
             some_loss = next(iter(losses.values()))
             losses[f"grad norm {sparse}"] = some_loss.new_tensor(float(sparse_grad_norm))
-        return losses, int(bool(skipped) or bool(sparse_skipped)), *rest
+        return losses, int(bool(skipped) or bool(sparse_skipped)), should_checkpoint, should_exit, *rest
 
     return step
 

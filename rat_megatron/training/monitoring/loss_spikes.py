@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,16 @@ def is_nan_noted(sample_ids: torch.Tensor) -> Callable[[torch.Tensor], bool]:
         nan = bool(torch.isnan(loss).any())
         if nan:
             iteration = get_args().curr_iteration + 1
-            _note(f"iteration-{iteration:07d}-nan-rank{torch.distributed.get_rank():05d}", iteration, "NaN", sample_ids.tolist())
+            _note(_nan_note(iteration), iteration, "NaN", sample_ids.tolist())
         return nan
 
     return is_nan
+
+
+def withdraw_notes(args: Namespace) -> None:
+    """Takes back what this rank noted of a NaN in this iteration: the weights were to blame."""
+    if args.save:
+        (Path(args.save) / FOLDER_NAME / f"{_nan_note(args.curr_iteration + 1)}.json").unlink(missing_ok=True)
 
 
 def noting_spikes(train_step: Callable) -> Callable:
@@ -57,6 +64,10 @@ def noting_spikes(train_step: Callable) -> Callable:
         return result
 
     return step
+
+
+def _nan_note(iteration: int) -> str:
+    return f"iteration-{iteration:07d}-nan-rank{torch.distributed.get_rank():05d}"
 
 
 def _end_unless_finite(values: dict[str, Any], data_iterator: Any) -> None:

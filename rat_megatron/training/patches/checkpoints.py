@@ -62,9 +62,16 @@ def with_weights_whole(load_state_dict: Callable) -> Callable:
 
 
 def unless_saved(save_checkpoint_and_time: Callable, args: Namespace) -> Callable:
+    """Wraps ``save_checkpoint_and_time``: an iteration that this run has loaded from --save, or saved, is not written once more."""
+    saved: set[int] = set()
+
     def save(iteration: int, *rest: Any, **kwargs: Any) -> None:
-        if args.load != args.save or iteration != args.iteration:  # the iteration that was loaded
-            save_checkpoint_and_time(iteration, *rest, **kwargs)
+        loaded = args.load == args.save and iteration == args.iteration
+        if loaded or iteration in saved:
+            return
+        save_checkpoint_and_time(iteration, *rest, **kwargs)
+        if not kwargs.get("non_persistent_ckpt"):
+            saved.add(iteration)
 
     return save
 

@@ -19,6 +19,7 @@ from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.loop.arl import arl_train_step, step_loaded_first
 from rat_megatron.training.loop.cuda_graphs import CudaGraphs
 from rat_megatron.training.loop.exit_signal import EarlyExitSignal
+from rat_megatron.training.loop.failed_step import ending_whole
 from rat_megatron.training.loop.validation import evaluate_patterns, record_losses
 from rat_megatron.training.monitoring.flops import iteration_flops
 from rat_megatron.training.monitoring.loss_spikes import noting_spikes
@@ -53,6 +54,10 @@ def _loop(args: Namespace, exit_signal: EarlyExitSignal, metrics: RunMetrics, gr
         Patch(training, "train_step", step_loaded_first, "Both steps use the same microbatches, drawn before anything is computed."),
         Patch(training, "train_step", metrics.timed, "The tokens per second of report.json come from the duration of iterations."),
         Patch(training, "train_step", noting_spikes, "A NaN or a jump of the loss leaves the samples it came from."),
+        Patch(
+            training, "train_step", partial(ending_whole, args=args),
+            "After a NaN, Megatron saves a checkpoint whose every resumption ends in its first step.",
+        ),
         Patch(training, "train_step", exit_signal.handed_over, "A signal that came before Megatron listened is not lost."),
         Patch(
             training, "FullCudaGraphWrapper", graphs.wrapper,
@@ -119,7 +124,8 @@ def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
         Patch(GPTModel, "load_state_dict", checkpoints.with_weights_whole, "The same, where the state meets the model."),
         Patch(
             training, "save_checkpoint_and_time", partial(checkpoints.unless_saved, args=args),
-            "A finished run that is started again would write its last checkpoint over itself, and a kill meanwhile would lose it.",
+            "A finished run that is started again, or one that ends after a NaN, would write its last checkpoint over itself, and a kill "
+            "meanwhile would lose it.",
         ),
         Patch(
             checkpointing, "maybe_msc", checkpoints.AtomicTracker,
