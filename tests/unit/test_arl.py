@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,7 +13,8 @@ from rat_megatron.data.loader.batches import train_batches
 from rat_megatron.data.loader.streams import parse_data_path
 from rat_megatron.hf import RatPlusForCausalLM
 from rat_megatron.training.loop.arl import StepIterator
-from tests.helpers import SEQ_LENGTH, tensorboard_scalars
+from rat_megatron.training.monitoring.comparison import compare_runs
+from tests.helpers import MODEL_FLAGS, SEQ_LENGTH, TRAIN_FLAGS, pretrain, tensorboard_scalars
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +95,18 @@ def test_log_line_carries_both_losses_and_gradient_norms(arl_run):
     line = next(line for line in (arl_run / "log.txt").read_text().splitlines() if "iteration       20/" in line)
     for part in ("lm loss:", "lm loss d8:", "grad norm:", "grad norm d8:"):
         assert part in line, line
+
+
+def test_twice_the_same_pattern_under_a_longer_word(tiny_data, tmp_path):
+    """Two losses of one name, of which the one after the update counts; what is written has the shortest word."""
+    words = ["--rat-pattern", "d16w0s4", "--rat-arl-pattern", "d16s4", "--rat-eval-patterns", "d16w0s4", "dense", "--lr", 1e-2]
+    folders = ["--save", tmp_path / "run", "--tensorboard-dir", tmp_path / "tensorboard"]
+    pretrain(*MODEL_FLAGS, *TRAIN_FLAGS, *words, "--data-path", tiny_data, "--train-iters", 3, "--tensorboard-log-interval", 1, *folders)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["pattern"] == "d16s4" and set(report["patterns"]) == {"d16s4", "dense"}
+    comparison = compare_runs(tmp_path / "compared", tmp_path / "run", adapted=[tmp_path / "run"])
+    assert comparison["patterns"]["d16s4"]["adapted"] == report["patterns"]["d16s4"]
+
+    scalars = tensorboard_scalars(tmp_path / "tensorboard")
+    after, before = scalars["lm loss"], scalars["lm loss before the update"]
+    assert all(after[iteration] != before[iteration] for iteration in (1, 2, 3)) and after[3] < before[3]

@@ -21,9 +21,12 @@ def parse_arguments() -> Namespace:
     """Reads, completes and checks the command line, and sets Megatron's globals; raises UserError or PatternError."""
     try:
         derived = check_and_derive(read_command_line())
-        return parse_and_validate_args(partial(add_rat_args, derived=derived))
+        args = parse_and_validate_args(partial(add_rat_args, derived=derived))
     except AssertionError as error:  # how Megatron refuses arguments
         raise UserError(str(error) or "Megatron refuses this combination of arguments") from error
+    for name in ("rat_pattern", "rat_arl_pattern", "rat_eval_patterns"):  # in their shortest form, where a longer one was typed
+        setattr(args, name, derived[name])
+    return args
 
 
 def read_command_line() -> Namespace:

@@ -101,7 +101,8 @@ def arl_train_step(train_step: Callable[..., tuple], sparse: AttentionPattern, d
         losses, skipped, should_checkpoint, should_exit, *rest = second
         if should_exit:
             return losses, skipped, False, True, *rest
-        losses = {**losses, **sparse_losses}
+        again = " before the update" if sparse == dense else ""  # the same pattern twice: two losses of one name
+        losses |= {f"{name}{again}": loss for name, loss in sparse_losses.items()}
         if losses and sparse_grad_norm is not None:
             some_loss = next(iter(losses.values()))
             losses[f"grad norm {sparse}"] = some_loss.new_tensor(float(sparse_grad_norm))
