@@ -64,7 +64,8 @@ def test_there_and_back_is_the_same_folder(tmp_path, settings):
     weights, config = stored_weights(folder), RatPlusConfig.from_pretrained(folder)
     same(stored_weights(tmp_path / "back"), weights)
     back = RatPlusConfig.from_pretrained(tmp_path / "back")
-    named_by_the_tokenizer = {"bos_token_id", "initializer_range", "auto_map"}
+    named_by_the_tokenizer = {"bos_token_id", "pad_token_id", "initializer_range", "auto_map"}
+    assert (back.bos_token_id, back.pad_token_id) == (1, 3)
     assert {k: v for k, v in back.to_dict().items() if k not in named_by_the_tokenizer} == {
         k: v for k, v in config.to_dict().items() if k not in named_by_the_tokenizer
     }
