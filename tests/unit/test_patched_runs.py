@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -124,6 +126,7 @@ def test_the_wrappers_name_the_arguments_that_megatron_passes():
 
     step = "forward_step_func data_iterator model optimizer opt_param_scheduler config forward_backward_func iteration".split()
     assert leading(training.train_step, 8) == step
+    assert leading(training.training_log, 4) == ["loss_dict", "total_loss_dict", "learning_rate", "iteration"]
     assert leading(training.evaluate_and_print_results, 5) == ["prefix", "forward_step_func", "data_iterator", "model", "iteration"]
     assert leading(training.num_floating_point_operations, 2) == ["args", "batch_size"]
     assert leading(training.save_checkpoint_and_time, 1) == ["iteration"]
@@ -160,3 +163,27 @@ def test_without_the_look_at_what_is_saved_a_finished_run_writes_over_its_last_c
     assert written == {path: path.stat().st_mtime_ns for path in find_iteration(tmp_path).iterdir()}
     run(tmp_path, *flags, without=("save_checkpoint_and_time",))
     assert written != {path: path.stat().st_mtime_ns for path in find_iteration(tmp_path).iterdir()}
+
+
+@pytest.mark.parametrize("log_interval", [1, 2])
+def test_without_the_end_of_an_interval_the_second_line_of_a_resumed_run_counts_an_iteration_twice(run, tmp_path, capfd, log_interval):
+    flags = ["--train-iters", 6, "--eval-iters", 0, "--save-interval", 3, "--log-interval", log_interval]
+
+    def lines(folder, **without):
+        capfd.readouterr()
+        run(folder, *flags, **without)
+        found = re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", capfd.readouterr().out)
+        return {int(iteration): float(loss) for iteration, loss in found}
+
+    whole = lines(tmp_path / "whole")
+    assert list(whole) == ([1, 2, 3, 4, 5, 6] if log_interval == 1 else [1, 2, 4, 6])
+    for name in ("resumed", "unpatched"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "iter_0000006")
+        (tmp_path / name / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = lines(tmp_path / "resumed")
+    unpatched = lines(tmp_path / "unpatched", without=("training_log",))
+    assert list(resumed) == list(unpatched) == ([4, 5, 6] if log_interval == 1 else [4, 6])
+    after = 5 if log_interval == 1 else 6  # the line after the first one
+    assert resumed[after] == pytest.approx(whole[after], rel=1e-5)
+    assert unpatched[after] != pytest.approx(whole[after], rel=1e-4)

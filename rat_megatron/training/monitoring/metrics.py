@@ -63,6 +63,16 @@ class RunMetrics:
         write_json(self._folder / REPORT_NAME, content)
 
 
+def a_line_an_interval(training_log: Callable) -> Callable:
+    """Wraps Megatron's ``training_log``: its extra line after a start is no extra one where a log interval ends there."""
+
+    def log(loss_dict, total_loss_dict, learning_rate, iteration, *args, is_first_iteration=False, **kwargs):
+        is_extra = is_first_iteration and iteration % get_args().log_interval != 0
+        return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, is_first_iteration=is_extra, **kwargs)
+
+    return log
+
+
 def _holds_losses() -> bool:
     """One rank of those on the last pipeline stage, where the losses are."""
     return not torch.distributed.is_initialized() or (

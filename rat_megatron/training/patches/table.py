@@ -23,7 +23,7 @@ from rat_megatron.training.loop.failed_step import ending_whole
 from rat_megatron.training.loop.validation import evaluate_patterns, record_losses
 from rat_megatron.training.monitoring.flops import iteration_flops
 from rat_megatron.training.monitoring.loss_spikes import noting_spikes
-from rat_megatron.training.monitoring.metrics import RunMetrics
+from rat_megatron.training.monitoring.metrics import RunMetrics, a_line_an_interval
 from rat_megatron.training.monitoring.watchdog import Watchdog
 from rat_megatron.training.patches import Patch, checkpoints, fused, optimizer
 
@@ -59,6 +59,11 @@ def _loop(args: Namespace, exit_signal: EarlyExitSignal, metrics: RunMetrics, gr
             "After a NaN, Megatron saves a checkpoint whose every resumption ends in its first step.",
         ),
         Patch(training, "train_step", exit_signal.handed_over, "A signal that came before Megatron listened is not lost."),
+        Patch(
+            training, "training_log", a_line_an_interval,
+            "Megatron counts the iteration of its first line again in the second, also with --log-interval 1: after a resumption, that "
+            "one shows another loss than the uninterrupted run's.",
+        ),
         Patch(
             training, "FullCudaGraphWrapper", graphs.wrapper,
             "--cuda-graph-impl full_iteration: a graph replays the pattern it was captured under, so every pattern has its own.",
