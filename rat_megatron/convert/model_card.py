@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rat_megatron.hf import RatPlusConfig
+from rat_megatron.ratplus.pattern import AttentionPattern
 
 _HEAD = """\
 ---
@@ -75,9 +76,9 @@ def measured_losses(folder: Path, args: Namespace) -> dict[str, float]:
     """Validation losses by pattern from the run's report.json, if they are those of this iteration and of this model."""
     try:
         report = json.loads((folder.parent / "report.json").read_text())
-        if folder.name != f"iter_{report['iteration']:07d}" or report["pattern"] != args.rat_pattern:
+        if folder.name != f"iter_{report['iteration']:07d}" or _shortest(report["pattern"], args) != _shortest(args.rat_pattern, args):
             return {}
-        return {str(word): float(loss) for word, loss in report["patterns"].items()}
+        return {_shortest(word, args): float(loss) for word, loss in report["patterns"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # never evaluated, or not by this program: the card says nothing then
 
@@ -99,6 +100,10 @@ def write_model_card(folder: Path, config: RatPlusConfig, recipe: dict[str, str]
         card += "\n## Validation loss\n\n| pattern | loss |\n|---|---|\n"
         card += "".join(f"| `{word}` | {loss:.4f} |\n" for word, loss in losses.items())
     (folder / "README.md").write_text(card)
+
+
+def _shortest(word: str, args: Namespace) -> str:
+    return str(AttentionPattern.parse(word).fit(args.num_layers, args.num_attention_heads))
 
 
 def _warmup(get: Any) -> str:

@@ -82,7 +82,5 @@ class RatPlusConfig(PretrainedConfig):
         super().__setattr__(name, str(self.parse_pattern(value)) if name == "attention_pattern" else value)
 
     def parse_pattern(self, word: str) -> AttentionPattern:
-        """Reads a pattern word and checks that it fits this model; raises PatternError (a ValueError) otherwise."""
-        pattern = AttentionPattern.parse(word)
-        pattern.check(self.num_hidden_layers, self.num_attention_heads)
-        return pattern
+        """Reads a pattern word that fits this model, in its shortest form; raises PatternError (a ValueError) for any other."""
+        return AttentionPattern.parse(word).fit(self.num_hidden_layers, self.num_attention_heads)

@@ -220,6 +220,12 @@ class AttentionPattern:
             if len(layer.heads) not in (1, num_heads):
                 raise PatternError(f"attention pattern '{layer}' lists {len(layer.heads)} heads, but a layer has {num_heads}")
 
+    def fit(self, num_layers: int, num_heads: int) -> AttentionPattern:
+        """The same pattern in the shortest form for such a model: layers or heads that are all alike are one word. Raises as ``check``."""
+        self.check(num_layers, num_heads)
+        layers = tuple(LayerPattern(layer.heads[:1]) if layer.is_uniform else layer for layer in self.layers)
+        return AttentionPattern(layers[:1]) if len(set(layers)) == 1 else AttentionPattern(layers, self.is_list)
+
     def flops(self, length: int, head_dim: int, num_layers: int, num_heads: int) -> int:
         """Forward FLOPs of the attention products of one sequence, all layers and heads."""
         return sum(head.flops(length, head_dim) for head in self._all_heads(num_layers, num_heads))

@@ -201,7 +201,7 @@ def test_initial_weights():
 def test_set_attention_pattern():
     model, tokens = tiny_model("dense"), torch.randint(VOCAB, (1, 17))
     model.set_attention_pattern("[d4,d4]")
-    assert model.config.attention_pattern == "[d4]*2"
+    assert model.config.attention_pattern == "d4"
     assert relative_error(model(tokens).logits, expected_logits(model, tokens)) < 1e-10
     for word, complaint in (
         ("[dense,d4,d4]", "3 layers, but the model has 2"),
@@ -210,7 +210,7 @@ def test_set_attention_pattern():
     ):
         with pytest.raises(ValueError, match=complaint):
             model.set_attention_pattern(word)
-    assert model.config.attention_pattern == "[d4]*2"
+    assert model.config.attention_pattern == "d4"
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,28 @@ def test_words_print_in_their_shortest_form(word, shortest):
     assert str(AttentionPattern.parse(word)) == shortest
 
 
+@pytest.mark.parametrize(
+    ("word", "shortest"),
+    [
+        ("[dense]*2", "dense"),
+        (" [ d16w0s4 , d16s4 ] ", "d16s4"),
+        ("{d4*4}", "d4"),
+        ("[{d4*2,d4w0*2},d4]", "d4"),
+        ("[{d4*4},d8]", "[d4,d8]"),
+        ("{dense*2,d4*2}", "{dense*2,d4*2}"),
+        ("[{dense*2,d4*2}]*2", "{dense*2,d4*2}"),
+    ],
+)
+def test_what_is_all_alike_in_a_model_is_one_word(word, shortest):
+    fitted = AttentionPattern.parse(word).fit(2, 4)
+    assert str(fitted) == shortest and fitted == AttentionPattern.parse(shortest)
+    for layer in range(2):
+        heads = AttentionPattern.parse(word).layer(layer).heads
+        assert fitted.layer(layer).heads * (4 // len(fitted.layer(layer).heads)) == heads * (4 // len(heads))
+    with pytest.raises(PatternError, match="[35] (layers|heads)"):
+        AttentionPattern.parse("[dense]*3" if word.startswith("[") else "{dense*5}").fit(2, 4)
+
+
 @given(positional_heads, st.integers(1, 100))
 def test_mask_is_the_definition(head, length):
     t = torch.arange(length)

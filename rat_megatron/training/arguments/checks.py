@@ -76,16 +76,14 @@ def _check_patterns(args: Namespace) -> dict[str, Any]:
     arl = args.rat_arl_pattern or ("none" if args.pretrained_checkpoint else "d64")
 
     def shortest(word: str) -> str:
-        pattern = AttentionPattern.parse(word)
-        pattern.check(args.num_layers, args.num_attention_heads)
-        return str(pattern)
+        return str(AttentionPattern.parse(word).fit(args.num_layers, args.num_attention_heads))
 
     target = shortest(args.rat_pattern)
     check_dilations(args, [target, *([] if arl == "none" else [arl]), *(args.rat_eval_patterns or [])])
     return {
         "rat_pattern": target,
         "rat_arl_pattern": arl if arl == "none" else shortest(arl),
-        "rat_eval_patterns": [shortest(word) for word in args.rat_eval_patterns or [target]],
+        "rat_eval_patterns": list(dict.fromkeys(shortest(word) for word in args.rat_eval_patterns or [target])),
     }
 
 

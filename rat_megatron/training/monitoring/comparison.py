@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rat_megatron.errors import UserError
+from rat_megatron.errors import UserError, one_line
 from rat_megatron.files import write_json
 
 
@@ -52,19 +52,27 @@ def _print(comparison: dict[str, Any]) -> None:
 
 
 def _read(run: Path) -> dict[str, Any]:
+    from rat_megatron.ratplus.pattern import AttentionPattern  # here because torch takes seconds, and --help should not
+
     path = run / "report.json"
     try:
-        return json.loads(path.read_text())
+        report = json.loads(path.read_text())
+        report["pattern"] = str(AttentionPattern.parse(report["pattern"]))  # older runs kept words as they were typed
+        report["patterns"] = {str(AttentionPattern.parse(word)): loss for word, loss in report["patterns"].items()}
+        return report
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the --save folder of a run that was evaluated (--eval-iters above 0)") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): evaluate the run again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): evaluate the run again") from error
 
 
 def _table(pretrained: dict[str, Any], adapted: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     table = {word: {"pretrained": loss} for word, loss in pretrained["patterns"].items()}
     for run in adapted:
-        table.setdefault(run["pattern"], {})["adapted"] = run["patterns"][run["pattern"]]
+        word = run["pattern"]
+        if word not in run["patterns"]:
+            raise UserError(f"the run adapted to {word} was not evaluated under it: evaluate it with --rat-eval-patterns {word}")
+        table.setdefault(word, {})["adapted"] = run["patterns"][word]
     return table
 
 
