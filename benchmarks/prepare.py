@@ -67,8 +67,9 @@ def measure(folder: Path, text: list[Path] | None, tokenizer_name: str | None, m
     tokenizer = load_tokenizer(tokenizer_name or str(folder / "tokenizer"))
     settings = make_settings(
         tokenizer, "benchmark", eod_token=None, seq_length=4096, text_column="text", answer_column=None,
-        val_fraction=0.005, seed=1, deduplicate=False,
+        val_fraction=0.005, seed=1, deduplicate=False, special_tokens="split",
     )  # fmt: skip
+    text_tokenizer = tokenizing.text_tokenizer(tokenizer, settings)
     texts = _read(text or [folder / "corpus"], megabytes)
     units = {}
     for name, path in _write_inputs(folder, texts).items():
@@ -77,9 +78,9 @@ def measure(folder: Path, text: list[Path] | None, tokenizer_name: str | None, m
     work.mkdir()
     runs: dict[str, Callable[[], Any]] = {}
     for name, unit in units.items():
-        runs[f"prepare, {name}"] = lambda unit=unit: tokenizing.tokenize_unit((work, tokenizer, settings), unit)
+        runs[f"prepare, {name}"] = lambda unit=unit: tokenizing.tokenize_unit((work, text_tokenizer, settings), unit)
     with_hashes = replace(settings, deduplicate=True)
-    runs["prepare, deduplicate"] = lambda: tokenizing.tokenize_unit((work, tokenizer, with_hashes), units["jsonl"])
+    runs["prepare, deduplicate"] = lambda: tokenizing.tokenize_unit((work, text_tokenizer, with_hashes), units["jsonl"])
 
     seconds: dict[str, list[float]] = {name: [] for name in ("tokenizer alone", *runs)}
     ratios: dict[str, list[float]] = {name: [] for name in runs}

@@ -217,15 +217,25 @@ def test_data_of_a_version_that_knew_no_deduplication_is_complete(inputs, tokeni
     options = {**EXTRA, "tokenizer": tokenizer}
     prepare([inputs], tmp_path / "data", **options)
     meta = json.loads((tmp_path / "data" / "rat_meta.json").read_text())
-    del meta["deduplicate"], meta["duplicates"]
+    assert meta["special_tokens"] == "split"
+    del meta["deduplicate"], meta["duplicates"], meta["special_tokens"]
     (tmp_path / "data" / "rat_meta.json").write_text(json.dumps(meta))
     prepare([inputs], tmp_path / "data", **options)
     assert "complete already" in capsys.readouterr().out
     with pytest.raises(UserError, match="made with deduplicate False, not True"):
         prepare([inputs], tmp_path / "data", deduplicate=True, **options)
+    with pytest.raises(UserError, match="made with special_tokens split, not keep"):
+        prepare([inputs], tmp_path / "data", special_tokens="keep", **options)
 
 
-@pytest.mark.parametrize("change, complaint", [({"seq_length": 16}, "seq_length 32, not 16"), ({"seed": 2}, "seed 1005, not 2")])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"seq_length": 16}, "seq_length 32, not 16"),
+        ({"seed": 2}, "seed 1005, not 2"),
+        ({"special_tokens": "keep"}, "special_tokens split, not keep"),
+    ],
+)
 def test_other_settings_never_overwrite(prepared, inputs, tokenizer, change, complaint):
     before = contents(prepared[0])
     with pytest.raises(UserError, match=complaint):

@@ -74,7 +74,6 @@ def _samples(output: Path, split: str) -> list[tuple[list[int], list[int]]]:
 def test_each_document_is_a_sample_that_says_where_its_answer_is(inputs, pairs, tokenizer, tmp_path, capsys):
     data = prepare([inputs], tmp_path / "data", tokenizer=tokenizer, **OPTIONS)
     encode = PreTrainedTokenizerFast.from_pretrained(tokenizer).backend_tokenizer
-    encode.encode_special_tokens = True
     expected = []
     for pair in pairs:
         prompt, answer = (encode.encode(text).ids for text in pair)

@@ -87,7 +87,7 @@ class Destination:
             lock.release()
 
     def _compare(self, there: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-        there = {"deduplicate": False, "answer_column": None, **there}  # older data sets do not say so
+        there = {"deduplicate": False, "answer_column": None, "special_tokens": "split", **there}  # older data sets do not say so
         for name, value in wanted.items():
             if there.get(name) != value:
                 change = "other input files" if name == "inputs_hash" else f"{name} {there.get(name)}, not {value}"

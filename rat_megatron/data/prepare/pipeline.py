@@ -7,10 +7,11 @@ appears by a rename, and rat_meta.json comes last: a run killed at any moment go
 interruption or on the number of workers, and unfinished data never looks complete.
 Disk space needed while it runs: twice the token ids; once, when the output is a store.
 
-A document ends with the end-of-document id, none begins with a special one, and special tokens spelled out in the text are encoded as
-ordinary text. So every token but the first of a split is predicted exactly once, except a tail of fewer than T tokens at its end, which is
-dropped. With answers, each document is a sample of its own instead, and those of more than T+1 tokens are left out and counted. Whether a
-document is held out depends on a hash of its text, or prompt, and the seed alone: copies of a document fall on the same side.
+A document ends with the end-of-document id and nowhere else, and none begins with a special one; other special tokens that are spelled out
+in the text are ordinary text, unless they are kept. So every token but the first of a split is predicted exactly once, except a tail of
+fewer than T tokens at its end, which is dropped. With answers, each document is a sample of its own instead, and those of more than T+1
+tokens are left out and counted. Whether a document is held out depends on a hash of its text, or prompt, and the seed alone: copies of a
+document fall on the same side.
 """
 
 from __future__ import annotations
@@ -73,6 +74,14 @@ def prepare(
     answer_column: Annotated[
         str | None, typer.Option(help="For fine-tuning: column of the answer to --text-column's prompt; only it counts in the loss.")
     ] = None,
+    special_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="What special tokens are that are spelled out in the text: split makes them ordinary text, keep the tokens they name, "
+            "except for the one that ends a document. Default: split; with --answer-column keep, that one included, as chat templates "
+            "spell out turns and `generate --chat` reads them so. A document never ends but at its end."
+        ),
+    ] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a data set of the Hub, such as sample-100BT.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a data set that has several. Default: train.")] = None,
     eod_token: Annotated[str | None, typer.Option(help="Token that ends a document; default: the tokenizer's end of sequence.")] = None,
@@ -87,11 +96,12 @@ def prepare(
     from rat_megatron.data.prepare.documents import plan_units
 
     started = time.perf_counter()
-    _check_flags(seq_length, workers, val_fraction, text_column, answer_column)
+    special_tokens = special_tokens or ("split" if answer_column is None else "keep")
+    _check_flags(seq_length, workers, val_fraction, text_column, answer_column, special_tokens)
     loaded = load_tokenizer(tokenizer)
     settings = make_settings(
         loaded, tokenizer, eod_token=eod_token, seq_length=seq_length, text_column=text_column,
-        val_fraction=val_fraction, seed=seed, deduplicate=deduplicate, answer_column=answer_column,
+        val_fraction=val_fraction, seed=seed, deduplicate=deduplicate, answer_column=answer_column, special_tokens=special_tokens,
     )  # fmt: skip
     with closing(open_destination(output, work_dir)) as destination:
         files = list_files(inputs, Path(work_dir or output), subset, split)
@@ -109,13 +119,17 @@ def prepare(
     return totals
 
 
-def _check_flags(seq_length: int, workers: int, val_fraction: float, text_column: str, answer_column: str | None) -> None:
+def _check_flags(
+    seq_length: int, workers: int, val_fraction: float, text_column: str, answer_column: str | None, special_tokens: str
+) -> None:
     if seq_length < 1:
         raise UserError(f"--seq-length {seq_length} must be at least 1.")
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1.")
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1.")
+    if special_tokens not in ("keep", "split"):
+        raise UserError(f"--special-tokens {special_tokens} is not known: give keep or split.")
     if answer_column == text_column:
         raise UserError(f"--answer-column {answer_column} is the --text-column too: name the column with the prompt by --text-column.")
 

@@ -26,6 +26,7 @@ class Settings:
     seed: int
     deduplicate: bool
     answer_column: str | None  # each document is a sample of its own, with a loss on its answer only
+    special_tokens: str  # keep | split those that are spelled out in the text
 
     @property
     def columns(self) -> tuple[str, ...]:

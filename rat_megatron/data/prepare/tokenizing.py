@@ -4,6 +4,7 @@ and says that they are whole. With --deduplicate each has a KEY.SPLIT.index of o
 With --answer-column, for fine-tuning, every document is a sample of its own (`sample_type`), and only its answer counts in the loss:
 prompt, answer and the end-of-document id, filled up with that id to T+1 tokens. Prompt and answer are tokenized apart, so that the
 prompt's ids are those of the prompt alone, as an evaluation gives it to the model; a space between the two must be in the text of one.
+Special tokens of a chat template are kept, the end-of-document token among them: the column `answer` says where such a sample ends.
 Several documents never share a sample: RAT+'s recurrence does not reset at their ends, so that one would see the others.
 """
 
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from rat_megatron.data.format import ANSWER_TYPE, SPLITS
 from rat_megatron.data.prepare.documents import Unit, read_documents, retrying
 from rat_megatron.data.prepare.pool import run_in_workers
 from rat_megatron.data.prepare.settings import Settings
+from rat_megatron.errors import UserError
 from rat_megatron.files import write_json
 
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
@@ -59,7 +62,7 @@ def tokenize(units: list[Unit], work: Path, tokenizer: Any, settings: Settings, 
 
     counts = {unit.key: json.loads(path.read_text()) for unit in units if (path := work / f"{unit.key}.json").is_file()}
     missing = [unit for unit in units if unit.key not in counts]
-    done = run_in_workers(tokenize_unit, (work, tokenizer, settings), missing, workers)
+    done = run_in_workers(tokenize_unit, (work, text_tokenizer(tokenizer, settings), settings), missing, workers)
     columns = (TextColumn("tokenize"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     started, tokens, rate = time.perf_counter(), 0, 0.0
     total = sum(unit.size for unit in units)
@@ -78,8 +81,26 @@ def tokenize(units: list[Unit], work: Path, tokenizer: Any, settings: Settings, 
     return {split: [part(unit, split) for unit in units] for split in SPLITS}, rate
 
 
+def text_tokenizer(tokenizer: Any, settings: Settings) -> Any:
+    """What `tokenize_unit` takes: the tokenizer's fast backend, a quarter faster than through Transformers, which also computes offsets; a
+    slow tokenizer as it is. Raises UserError where special tokens are to be kept and a slow tokenizer cannot tell the last one apart."""
+    keeps_all = settings.special_tokens == "keep" and settings.answer_column is not None
+    if not tokenizer.is_fast:
+        if settings.special_tokens == "keep" and not keeps_all:
+            raise UserError("--special-tokens keep needs a fast tokenizer (tokenizer.json): give one with --tokenizer, or leave it out.")
+        return tokenizer
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in parts["added_tokens"]:  # a special one is what `encode_special_tokens` makes ordinary text of
+        token["special"] = token["id"] == settings.eod_id or (token["special"] and settings.special_tokens == "split")
+    backend = Tokenizer.from_str(json.dumps(parts | {"truncation": None, "padding": None}))  # else every document is cut and filled up
+    backend.encode_special_tokens = not keeps_all
+    return backend
+
+
 def tokenize_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, Any]:
-    """Writes the files of one unit; its counts. A unit of the Hub is tried several times: nothing of a failed attempt stays."""
+    """Writes the files of one unit; its counts. The context has the work folder, the `text_tokenizer` and the settings.
+
+    A unit of the Hub is tried several times: nothing of a failed attempt stays."""
     return retrying(unit.files[0], _write_unit, context, unit)
 
 
@@ -92,7 +113,7 @@ def _write_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, An
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
         for documents in _read_ahead(batches) if unit.is_remote else batches:
-            encoded = zip(*(_encode(tokenizer, list(texts)) for texts in zip(*documents, strict=True)), strict=True)
+            encoded = zip(*(_encode(tokenizer, list(texts), settings) for texts in zip(*documents, strict=True)), strict=True)
             for texts, ids in zip(documents, encoded, strict=True):
                 text = texts[0].encode()
                 split = "val" if _is_held_out(text, settings) else "train"
@@ -129,13 +150,12 @@ def _answer_record(prompt: list[int], answer: list[int], settings: Settings) -> 
     return record
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> Iterable[list[int]]:
-    """Ids without any special token: a document that spells out the end-of-document token does not end there."""
-    if not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    backend = tokenizer.backend_tokenizer  # a quarter faster than through Transformers, which also computes offsets
-    backend.encode_special_tokens = True
-    return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+def _encode(tokenizer: Any, texts: list[str], settings: Settings) -> Iterable[list[int]]:
+    """Ids without any special token that the texts do not spell out: those of `generate`, where it is to be kept."""
+    if isinstance(tokenizer, Tokenizer):
+        return (encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    split = settings.special_tokens == "split"
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=split, verbose=False)["input_ids"]
 
 
 def _batches(documents: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
