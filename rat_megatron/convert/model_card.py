@@ -73,12 +73,19 @@ def recipe_of(args: Namespace) -> dict[str, str]:
 
 
 def measured_losses(folder: Path, args: Namespace) -> dict[str, float]:
-    """Validation losses by pattern from the run's report.json, if they are those of this iteration and of this model."""
+    """Validation losses by pattern, and set where there are several, from the run's report.json.
+
+    Only if they are those of this iteration and of this model."""
     try:
         report = json.loads((folder.parent / "report.json").read_text())
         if folder.name != f"iter_{report['iteration']:07d}" or _shortest(report["pattern"], args) != _shortest(args.rat_pattern, args):
             return {}
-        return {_shortest(word, args): float(loss) for word, loss in report["patterns"].items()}
+        sets = report.get("validation_sets") or {"": report["patterns"]}
+        return {
+            _shortest(word, args) + (f" on {name}" if name else ""): float(loss)
+            for name, losses in sets.items()
+            for word, loss in losses.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # never evaluated, or not by this program: the card says nothing then
 

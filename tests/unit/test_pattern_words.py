@@ -90,6 +90,8 @@ def test_report_of_runs_that_kept_their_words_as_typed(tmp_path):
     adapted = run("adapted", "d16w0s4", patterns={"d16s4": 2.1})
     report = compare_runs(tmp_path / "out", base, adapted=[adapted])
     assert report["patterns"] == {"dense": {"pretrained": 2.0}, "d16s4": {"pretrained": 2.5, "adapted": 2.1}}
+    with pytest.raises(UserError, match="--baseline-adapted needs --baseline"):
+        compare_runs(tmp_path / "out", base, baseline_adapted=[adapted])
     other = run("other", "d16s4", patterns={"dense": 2.1})
     with pytest.raises(UserError, match="adapted to d16s4 was not evaluated under it: .* --rat-eval-patterns d16s4"):
         compare_runs(tmp_path / "out", base, adapted=[other])

@@ -45,14 +45,16 @@ def train_batches(
     shuffle: bool = True,
     cache: str | None = None,
     cache_limit: int | None = None,
+    validation: list[Stream] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's microbatches (see `_microbatches`), from the first one after `consumed_samples` on, without end.
 
-    Collective: every rank constructs and iterates it. `data_parallel` is this rank's data-parallel rank and their number dp: equal ones see
-    the same samples, in whatever order the ranks of a model lie. Of each global batch, one gets 1/dp, as global_batch_size / dp /
-    micro_batch_size microbatches in a row. Of remote shards, at most about `cache_limit` bytes stay in the folder `cache`, validation
-    included. Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the environment; beyond one rank, torch.distributed is
-    initialized. Raises UserError, also while iterated, for shards that are damaged or cannot be had, and when a worker dies."""
+    Collective: every rank constructs and iterates it. `data_parallel` is this rank's data-parallel rank and their number dp: equal ones
+    see the same samples, in whatever order the ranks of a model lie. Of each global batch, one gets 1/dp, as global_batch_size / dp /
+    micro_batch_size microbatches in a row. Of remote shards, at most about `cache_limit` bytes stay in the folder `cache`, those of the
+    `validation` streams (default: the same ones) included. Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the
+    environment; beyond one rank, torch.distributed is initialized. Raises UserError, also while iterated, for shards that are damaged
+    or cannot be had, and when a worker dies."""
     from rat_megatron.data.loader.checked_dataset import CheckedDataset
 
     share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
@@ -73,7 +75,7 @@ def train_batches(
             streams=_streaming_streams(streams, "train", cache),
             batch_size=share,
             predownload=PREFETCHED_BATCHES * share,
-            cache_limit=training_cache_limit(streams, cache, cache_limit),
+            cache_limit=training_cache_limit(streams, cache, cache_limit, validation),
             num_canonical_nodes=canonical_nodes(samples),
             shuffle=shuffle,
             shuffle_algo=SHUFFLE_ALGORITHM,
@@ -147,15 +149,30 @@ class _Validation:
             yield from _microbatches(*batch, self.micro_batch_size, self.seq_length, self.eod_id)
 
 
+def samples_for_validation(streams: list[Stream], cache: str | None = None) -> int:
+    """How many samples `validation_batches` can give, each once."""
+    sizes = [samples_of(stream, "val", cache) for stream in streams]
+    return _possible(sizes, _shares(streams, sizes)) if all(sizes) else 0
+
+
+def _shares(streams: list[Stream], sizes: list[int]) -> np.ndarray:
+    return np.array([size if stream.weight is None else stream.weight for stream, size in zip(streams, sizes, strict=True)])
+
+
+def _possible(sizes: list[int], shares: np.ndarray) -> int:
+    return int((np.array(sizes) * shares.sum() / shares).min())
+
+
 def _spread(streams: list[Stream], sizes: list[int], num_samples: int, global_batch_size: int) -> np.ndarray:
     """`num_samples` indices into the streams laid end to end: from each its share, at even distances."""
     if not num_samples or not all(sizes):
         raise UserError(f"no validation batch of {global_batch_size} samples: use --eval-iters 0, or prepare with a larger --val-fraction.")
-    shares = np.array([size if stream.weight is None else stream.weight for stream, size in zip(streams, sizes, strict=True)])
-    possible = int((np.array(sizes) * shares.sum() / shares).min())
+    shares = _shares(streams, sizes)
+    possible = _possible(sizes, shares)
     if num_samples > possible:
+        paths = ", ".join(stream.path for stream in streams)
         raise UserError(
-            f"the validation split lasts for {possible} samples, {num_samples} are asked for: use --eval-iters "
+            f"the validation split of {paths} lasts for {possible} samples, {num_samples} are asked for: use --eval-iters "
             f"{possible // global_batch_size} at most, or prepare with a larger --val-fraction."
         )
     ends = np.rint(np.cumsum(shares) / shares.sum() * num_samples).astype(np.int64)

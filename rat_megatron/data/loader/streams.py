@@ -86,13 +86,20 @@ def _as_number(word: str) -> float | None:
 
 
 def check_streams(
-    streams: list[Stream], *, seq_length: int, vocab_size: int | None = None, cache: str | None = None, cache_limit: int | None = None
+    streams: list[Stream],
+    *,
+    seq_length: int,
+    vocab_size: int | None = None,
+    cache: str | None = None,
+    cache_limit: int | None = None,
+    validation: list[Stream] | None = None,
 ) -> DataMeta:
     """Checks all that can be checked without reading a sample, and raises UserError for the first thing that is wrong.
 
-    Every stream has a readable rat_meta.json; all share tokenizer, end-of-document id and T; T is `seq_length`; the ids fit `vocab_size`,
-    the model's, unless None; every shard has a hash, and those of a local stream are there in full; `cache_limit` bytes are enough. The
-    index of a remote stream is fetched anew, so that a cache made from older data under the same URL is noticed shard by shard."""
+    Every stream has a readable rat_meta.json; all share tokenizer, end-of-document id and T; T is `seq_length`; the ids fit
+    `vocab_size`, the model's, unless None; every shard has a hash, and those of a local stream are there in full; `cache_limit` bytes
+    are enough, also for the `validation` streams where these are others. The index of a remote stream is fetched anew, so that a cache
+    made from older data under the same URL is noticed shard by shard."""
     metas = [read_meta(stream, cache) for stream in streams]
     first, first_path = metas[0], streams[0].path
     for stream, meta in zip(streams, metas, strict=True):
@@ -119,7 +126,7 @@ def check_streams(
         train_samples=sum(samples["train"]),
         val_samples=sum(samples["val"]) if all(samples["val"]) else 0,
     )
-    training_cache_limit(streams, cache, cache_limit)
+    training_cache_limit(streams, cache, cache_limit, validation)
     return together
 
 
@@ -143,8 +150,9 @@ def _check_shards(stream: Stream, split: str, samples: int, cache: str | None) -
             raise UserError(f"shard {path} has {size} bytes instead of {info['bytes']}: copy or prepare the data anew.")
 
 
-def training_cache_limit(streams: list[Stream], cache: str | None, limit: int | None) -> int | None:
-    """The part of `limit`, the bytes of the cache, that training may fill: what the validation shards leave, as those all stay.
+def training_cache_limit(streams: list[Stream], cache: str | None, limit: int | None, validation: list[Stream] | None = None) -> int | None:
+    """The part of `limit`, the bytes of the cache, that training may fill: what the validation shards leave, as those all stay. They are
+    those of the `validation` streams, or else of `streams`.
 
     None without a limit or a remote stream. Raises UserError when the disk is smaller, and when training would be left too little."""
     remote = [stream for stream in streams if stream.is_remote]
@@ -154,18 +162,17 @@ def training_cache_limit(streams: list[Stream], cache: str | None, limit: int | 
     folder.mkdir(parents=True, exist_ok=True)
     if (disk := shutil.disk_usage(folder).total) < limit:
         raise UserError(f"--rat-data-cache-limit of {limit:,} bytes is more than the disk of {cache} has, {disk:,}: lower it.")
-    validation = sum(
-        shard["raw_data"]["bytes"] for stream in remote if samples_of(stream, "val", cache) for shard in read_index(stream, "val", cache)
-    )
+    validated = [stream for stream in validation or streams if stream.is_remote and samples_of(stream, "val", cache)]
+    stays = sum(shard["raw_data"]["bytes"] for stream in validated for shard in read_index(stream, "val", cache))
     shards = [shard["raw_data"]["bytes"] for stream in streams for shard in read_index(stream, "train", cache)]
     indices = sum(_index_path(stream, "train", cache).stat().st_size for stream in streams)
-    needed = validation + indices + SHARDS_AT_LEAST * max(shards) + 1
+    needed = stays + indices + SHARDS_AT_LEAST * max(shards) + 1
     if limit < needed:
         raise UserError(
             f"--rat-data-cache-limit of {limit:,} bytes is too low for the validation shards and {SHARDS_AT_LEAST} training shards: "
             f"give at least {needed:,}, and much more to keep shards for the next epoch."
         )
-    return limit - validation
+    return limit - stays
 
 
 # ---- the files of a stream -----------------------------------------------------------------------------------------------------------

@@ -16,16 +16,19 @@ from rat_megatron.training.arguments.architecture import check_architecture
 from rat_megatron.training.arguments.checks import check_and_derive
 from rat_megatron.training.arguments.flags import add_rat_args, given
 
+REPLACED = ("rat_pattern", "rat_arl_pattern", "rat_eval_patterns", "data_path", "eval_iters")
+"""Arguments that are what ``check_and_derive`` says, also where something else was typed."""
+
 
 def parse_arguments() -> Namespace:
     """Reads, completes and checks the command line, and sets Megatron's globals; raises UserError or PatternError."""
     try:
         derived = check_and_derive(read_command_line())
+        replaced = {name: derived.pop(name) for name in REPLACED}
         args = parse_and_validate_args(partial(add_rat_args, derived=derived))
     except AssertionError as error:  # how Megatron refuses arguments
         raise UserError(str(error) or "Megatron refuses this combination of arguments") from error
-    for name in ("rat_pattern", "rat_arl_pattern", "rat_eval_patterns"):  # in their shortest form, where a longer one was typed
-        setattr(args, name, derived[name])
+    vars(args).update(replaced, full_validation=False, multiple_validation_sets=False, validation_set_names=None)
     return args
 
 

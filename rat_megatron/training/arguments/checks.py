@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from rat_megatron.data.loader.order import order_facts
-from rat_megatron.data.loader.streams import check_streams, parse_data_path
 from rat_megatron.errors import UserError
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.arguments import presets
-from rat_megatron.training.arguments.flags import given
+from rat_megatron.training.arguments.data import check_data
 from rat_megatron.training.arguments.fp8 import check_fp8
 from rat_megatron.training.arguments.layout import check_dilations, check_layout, check_ranks
+from rat_megatron.training.arguments.outputs import check_outputs
 from rat_megatron.training.arguments.resume import check_checkpoints
 
 
@@ -25,10 +24,10 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     _check_features(args)
     check_layout(args)
     check_fp8(args)
-    derived = _check_patterns(args) | _check_data(args)
+    check_outputs(args)
+    derived = _check_patterns(args) | check_data(args)
     check_ranks(args)
     derived |= {
-        "rat_data_order": _data_order(args),
         "load": args.load or args.save,
         "max_position_embeddings": args.max_position_embeddings or args.seq_length,
         "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
@@ -85,33 +84,3 @@ def _check_patterns(args: Namespace) -> dict[str, Any]:
         "rat_arl_pattern": arl if arl == "none" else shortest(arl),
         "rat_eval_patterns": list(dict.fromkeys(shortest(word) for word in args.rat_eval_patterns or [target])),
     }
-
-
-def _check_data(args: Namespace) -> dict[str, Any]:
-    """The streams are whole and fit the model; vocabulary, EOD and tokenizer follow from them."""
-    if not args.data_path:
-        raise UserError("--data-path is missing: give one or more folders written by 'rat-megatron prepare', with weights if wanted")
-    vocab_size = args.vocab_size if given("--vocab-size") else None
-    meta = check_streams(
-        parse_data_path(args.data_path),
-        seq_length=args.seq_length,
-        vocab_size=vocab_size,
-        cache=args.data_cache_path,
-        cache_limit=args.rat_data_cache_limit,
-    )
-    if not meta.has_validation and args.eval_iters:
-        raise UserError("the data of --data-path has no validation split: give --eval-iters 0, or prepare it with --val-fraction")
-    return {
-        "vocab_size": vocab_size or meta.vocab_size,
-        "rat_eod_id": meta.eod_id,
-        "rat_tokenizer_path": meta.tokenizer_path,
-        "rat_tokenizer_name": meta.tokenizer_name,
-        "rat_tokenizer_hash": meta.tokenizer_hash,
-    }
-
-
-def _data_order(args: Namespace) -> dict[str, Any]:
-    """What fixes the order of the training samples; Megatron stores it with every checkpoint, as part of its arguments."""
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    batch = args.global_batch_size or args.micro_batch_size * (args.world_size // model)
-    return order_facts(parse_data_path(args.data_path), seed=args.seed, global_batch_size=batch, cache=args.data_cache_path)

@@ -9,6 +9,7 @@ from megatron.training import get_args
 
 from rat_megatron.data.loader.batches import train_batches, validation_batches
 from rat_megatron.data.loader.streams import parse_data_path
+from rat_megatron.training.arguments.data import validation_streams
 from rat_megatron.training.loop.arl import StepIterator
 from rat_megatron.training.loop.validation import RestartableIterator
 
@@ -30,11 +31,11 @@ class DataProvider:
             chunks = get_args().virtual_pipeline_model_parallel_size or 1
             self._of_chunks = [(branch, valid) for branch in (itertools.tee(train, chunks) if train else [None] * chunks)]
         train, valid = self._of_chunks[vp_stage or 0]
-        return train and StepIterator(train), valid and RestartableIterator(valid), None
+        return train and StepIterator(train), RestartableIterator(valid) if valid else None, None
 
 
 def _build_batches():
-    """What the streams of --data-path give this rank: training microbatches without end and those of one validation."""
+    """What the streams give this rank: training microbatches without end, and those of one validation of each set."""
     args = get_args()
     streams = parse_data_path(args.data_path)
     common = {
@@ -44,7 +45,7 @@ def _build_batches():
         "num_workers": args.num_workers,
         "cache": args.data_cache_path,
     }
-    train = valid = None
+    train, valid = None, []
     if not args.skip_train:
         train = train_batches(
             streams,
@@ -53,14 +54,17 @@ def _build_batches():
             seed=args.seed,
             consumed_samples=args.consumed_train_samples,
             cache_limit=args.rat_data_cache_limit,
+            validation=[stream for of_set in validation_streams(args) for stream in of_set],
             **common,
         )
-    if args.eval_iters:
-        valid = validation_batches(
-            streams,
-            global_batch_size=args.eval_global_batch_size,
-            micro_batch_size=args.eval_micro_batch_size,
-            num_samples=args.eval_iters * args.eval_global_batch_size,
-            **common,
-        )
+    for of_set, iterations in zip(validation_streams(args), args.rat_validation_sets.values(), strict=False):  # none without validation
+        valid += [
+            validation_batches(
+                of_set,
+                global_batch_size=args.eval_global_batch_size,
+                micro_batch_size=args.eval_micro_batch_size,
+                num_samples=iterations * args.eval_global_batch_size,
+                **common,
+            )
+        ]
     return train, valid

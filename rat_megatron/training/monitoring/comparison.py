@@ -22,27 +22,34 @@ def compare_runs(
     """Compare validation losses per attention pattern, before and after adaptation.\f
 
     ``report.json``: ``{"patterns": {word: {"pretrained": loss, "adapted": loss}}, "baseline": {word: {...}}, "tokens_per_second": n,
-    "iterations": n}``. A model adapted to a pattern counts under that pattern. Raises UserError when a run has no report.
+    "iterations": n}``; of runs with several validation sets ``"validation_sets": {name: {"patterns": {...}, "baseline": {...}}}`` in the
+    place of the first two, and a ``report-NAME.png`` each. A model adapted to a pattern counts under that pattern. Raises UserError when a
+    run has no report, or was not evaluated on what the first one was.
     """
-    first = _read(pretrained)
-    comparison = {
-        "patterns": _table(first, [_read(run) for run in adapted or []]),
-        "baseline": _table(_read(baseline), [_read(run) for run in baseline_adapted or []]) if baseline else {},
-        "tokens_per_second": first["tokens_per_second"],
-        "iterations": first["iteration"],
+    if baseline_adapted and not baseline:
+        raise UserError("--baseline-adapted needs --baseline: give the --save folder of the baseline's pretraining run too")
+    first, *others = [_read(run) for run in (pretrained, *(adapted or []))]
+    base = _read(baseline) if baseline else None
+    base_others = [_read(run) for run in baseline_adapted or []]
+    tables = {
+        name: {"patterns": _table(first, others, name), "baseline": _table(base, base_others, name) if base else {}}
+        for name in first["validation_sets"]
     }
     output.mkdir(parents=True, exist_ok=True)
-    _plot(comparison, output / "report.png")
+    for name, table in tables.items():
+        _plot(table, output / (f"report-{name}.png" if name else "report.png"))
+        _print(table, name)
+    speed = {"tokens_per_second": first["tokens_per_second"], "iterations": first["iteration"]}
+    comparison = (tables[""] if "" in tables else {"validation_sets": tables}) | speed
     write_json(output / "report.json", comparison)
-    _print(comparison)
     return comparison
 
 
-def _print(comparison: dict[str, Any]) -> None:
+def _print(comparison: dict[str, Any], name: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Validation loss", title_justify="left")
+    table = Table(title=f"Validation loss on {name}" if name else "Validation loss", title_justify="left")
     for column in ("pattern", "RAT+ pretrained", "RAT+ adapted", "baseline pretrained", "baseline adapted"):
         table.add_column(column, justify="left" if column == "pattern" else "right")
     for word, losses in comparison["patterns"].items():
@@ -52,13 +59,17 @@ def _print(comparison: dict[str, Any]) -> None:
 
 
 def _read(run: Path) -> dict[str, Any]:
+    """A run's report, with the losses by pattern of its validation sets; a single set has no name."""
     from rat_megatron.ratplus.pattern import AttentionPattern  # here because torch takes seconds, and --help should not
 
     path = run / "report.json"
     try:
         report = json.loads(path.read_text())
+        sets = report["validation_sets"] if "validation_sets" in report else {"": report["patterns"]}
         report["pattern"] = str(AttentionPattern.parse(report["pattern"]))  # older runs kept words as they were typed
-        report["patterns"] = {str(AttentionPattern.parse(word)): loss for word, loss in report["patterns"].items()}
+        report["validation_sets"] = {
+            name: {str(AttentionPattern.parse(word)): loss for word, loss in losses.items()} for name, losses in sets.items()
+        }
         return report
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the --save folder of a run that was evaluated (--eval-iters above 0)") from None
@@ -66,14 +77,22 @@ def _read(run: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({one_line(error)}): evaluate the run again") from error
 
 
-def _table(pretrained: dict[str, Any], adapted: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    table = {word: {"pretrained": loss} for word, loss in pretrained["patterns"].items()}
+def _table(pretrained: dict[str, Any], adapted: list[dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+    """The losses on one validation set by pattern."""
+    table = {word: {"pretrained": loss} for word, loss in _losses_on(name, pretrained).items()}
     for run in adapted:
-        word = run["pattern"]
-        if word not in run["patterns"]:
+        word, losses = run["pattern"], _losses_on(name, run)
+        if word not in losses:
             raise UserError(f"the run adapted to {word} was not evaluated under it: evaluate it with --rat-eval-patterns {word}")
-        table.setdefault(word, {})["adapted"] = run["patterns"][word]
+        table.setdefault(word, {})["adapted"] = losses[word]
     return table
+
+
+def _losses_on(name: str, run: dict[str, Any]) -> dict[str, float]:
+    if name not in run["validation_sets"]:
+        what = f"on {name}" if name else "on a single validation set"
+        raise UserError(f"a run of pattern {run['pattern']} was not evaluated {what}, as the pretrained one was: evaluate both alike")
+    return run["validation_sets"][name]
 
 
 def _plot(comparison: dict[str, Any], path: Path) -> None:

@@ -13,27 +13,30 @@ from megatron.core import mpu
 from megatron.training.global_vars import get_args
 
 from rat_megatron.files import write_json
+from rat_megatron.training.arguments.data import ONE_SET
 
 REPORT_NAME = "report.json"
 
 
 class RunMetrics:
-    """The latest validation loss of every pattern and the training speed.
+    """The latest validation loss of every pattern, on every validation set, and the training speed.
 
     ``report.json`` holds ``{"iteration", "consumed_samples", "pattern", "recurrence", "patterns": {word: validation loss},
-    "tokens_per_second"}``. The speed is that of the median of the last 100 iterations; each token of a batch counts once, also where
-    active recurrence learning uses it twice; it is null where nothing was trained.
+    "tokens_per_second"}``; with several validation sets, ``"validation_sets": {name: {word: loss}}`` in the place of ``"patterns"``. The
+    speed is that of the median of the last 100 iterations; each token of a batch counts once, also where active recurrence learning uses it
+    twice; it is null where nothing was trained.
     """
 
     def __init__(self, folder: Path | None):
         self._folder = folder
-        self._losses: dict[str, float] = {}
+        self._losses: dict[str, dict[str, float]] = {}  # by validation set
         self._seconds: deque[float] = deque(maxlen=100)
         self.iteration = 0
+        self.validation_set = ONE_SET
 
     def add_loss(self, pattern: str, loss: float) -> None:
-        """Notes one pattern's validation loss and writes it all."""
-        self._losses[pattern] = loss
+        """Notes one pattern's loss on the current validation set and writes it all."""
+        self._losses.setdefault(self.validation_set, {})[pattern] = loss
         if self._folder is not None and _holds_losses():
             self._write()
 
@@ -56,7 +59,7 @@ class RunMetrics:
             "consumed_samples": args.consumed_train_samples,
             "pattern": args.rat_pattern,
             "recurrence": args.rat_recurrence,
-            "patterns": self._losses,
+            **({"patterns": self._losses[ONE_SET]} if ONE_SET in self._losses else {"validation_sets": self._losses}),
             "tokens_per_second": tokens / statistics.median(self._seconds) if self._seconds else None,
         }
         self._folder.mkdir(parents=True, exist_ok=True)
