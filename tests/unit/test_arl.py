@@ -99,7 +99,7 @@ def test_log_line_carries_both_losses_and_gradient_norms(arl_run):
 
 def test_twice_the_same_pattern_under_a_longer_word(tiny_data, tmp_path):
     """Two losses of one name, of which the one after the update counts; what is written has the shortest word."""
-    words = ["--rat-pattern", "d16w0s4", "--rat-arl-pattern", "d16s4", "--rat-eval-patterns", "d16w0s4", "dense", "--lr", 1e-2]
+    words = ["--rat-pattern", "d16w0s4", "--rat-arl-pattern", "[d16s4]*2", "--rat-eval-patterns", "d16w0s4", "dense", "--lr", 1e-2]
     folders = ["--save", tmp_path / "run", "--tensorboard-dir", tmp_path / "tensorboard"]
     pretrain(*MODEL_FLAGS, *TRAIN_FLAGS, *words, "--data-path", tiny_data, "--train-iters", 3, "--tensorboard-log-interval", 1, *folders)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -108,5 +108,6 @@ def test_twice_the_same_pattern_under_a_longer_word(tiny_data, tmp_path):
     assert comparison["patterns"]["d16s4"]["adapted"] == report["patterns"]["d16s4"]
 
     scalars = tensorboard_scalars(tmp_path / "tensorboard")
+    assert all(scalars["grad norm d16s4"][iteration] != scalars["grad-norm"][iteration] for iteration in (1, 2, 3))
     after, before = scalars["lm loss"], scalars["lm loss before the update"]
     assert all(after[iteration] != before[iteration] for iteration in (1, 2, 3)) and after[3] < before[3]
