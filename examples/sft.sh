@@ -29,4 +29,8 @@ ${LAUNCH:-python} "$(dirname "${BASH_SOURCE[0]}")/../pretrain_rat.py" --data-pat
     --lr 1e-5 --weight-decay 0.01 --lr-warmup-fraction 0.05 --rat-arl-pattern none --calculate-per-token-loss \
     --eval-interval "$batches" --eval-iters $(($(samples val) / batch)) "$@"
 
-rat-megatron convert to-hf "$run/checkpoints" "$run/hf"
+# A second run converts anew, and takes the place of the first one's model only when it is whole.
+rm -rf "$run/hf.new"
+rat-megatron convert to-hf "$run/checkpoints" "$run/hf.new"
+rm -rf "$run/hf"
+mv "$run/hf.new" "$run/hf"

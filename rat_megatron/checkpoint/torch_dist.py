@@ -38,6 +38,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from rat_megatron.checkpoint import TRACKER_NAME
+from rat_megatron.checkpoint.hashes import check_quickly, damaged, has_hashes, write_hashes
 from rat_megatron.errors import UserError, one_line
 
 # The arguments that say what a checkpoint's weights mean. None of them is filled in later by Megatron's validation.
@@ -51,7 +53,6 @@ ARCHITECTURE = (
     "rat_recurrence",
 )
 
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
 _DCP = "torch.distributed.checkpoint."
 _METADATA_CLASSES = {
     ("torch", "Size"),
@@ -77,8 +78,15 @@ _METADATA_CLASSES = {
 
 
 def read_checkpoint_args(checkpoint: Path, step: int | None = None) -> Namespace:
-    """The arguments that a checkpoint was trained with; raises UserError as TorchDistCheckpoint does."""
-    return TorchDistCheckpoint(find_iteration(checkpoint, step)).args()
+    """The arguments that a checkpoint was trained with; raises UserError as TorchDistCheckpoint does, and for files that are not whole."""
+    folder = find_iteration(checkpoint, step)
+    check_quickly(folder)
+    try:
+        return TorchDistCheckpoint(folder).args()
+    except UserError as error:
+        if has_hashes(folder):
+            raise damaged(folder, str(error), by_size=True) from error
+        raise
 
 
 def find_iteration(checkpoint: Path, step: int | None = None) -> Path:
@@ -90,13 +98,13 @@ def find_iteration(checkpoint: Path, step: int | None = None) -> Path:
         return checkpoint
     if step is None and not tracker.is_file():
         raise UserError(f"{checkpoint} holds no checkpoint (no {TRACKER_NAME})")
-    latest = tracker.read_text().strip() if step is None else str(step)
-    if not re.fullmatch(r"\d+|release", latest):
-        raise UserError(f"{tracker} says '{latest}', which is neither an iteration nor 'release'")
+    latest = latest_iteration(checkpoint) if step is None else str(step)
+    there = f"(iterations in {checkpoint}: {', '.join(sorted(path.name for path in checkpoint.glob('iter_*'))) or 'none'})"
+    if not re.fullmatch(r"\d+|release", latest or ""):
+        raise UserError(f"{tracker} says '{latest}', which is neither an iteration nor 'release': write one into it {there}")
     folder = checkpoint / (latest if latest == "release" else f"iter_{int(latest):07d}")
     if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in checkpoint.glob("iter_*"))) or "none"
-        raise UserError(f"{folder} does not exist (iterations in {checkpoint}: {there})")
+        raise UserError(f"{folder} does not exist {there}")
     return folder
 
 
@@ -180,6 +188,7 @@ def write_torch_dist(
         warnings.simplefilter("ignore")  # that this is not a distributed run
         save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    write_hashes(folder)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------------------------
@@ -241,7 +250,7 @@ def _read_metadata(path: Path) -> Metadata:
             metadata = _MetadataUnpickler(file).load()
     except _Refused as error:
         raise _refusal(path, str(error)) from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
+    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError, ImportError, MemoryError) as error:
         raise UserError(f"{path} cannot be read, it is damaged: {error}") from error
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path} holds a {type(metadata).__name__} instead of DCP metadata")

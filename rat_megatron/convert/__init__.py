@@ -75,13 +75,16 @@ def convert_to_hf(
 
     Memory peaks at one file of ``max_shard_size`` while writing and at one layer in fp32 in the check that follows.
     """
+    from rat_megatron.checkpoint.hashes import check_hashes
     from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
     from rat_megatron.convert.megatron_args import config_from_args, tokenizer_of_the_data
     from rat_megatron.convert.megatron_weights import MegatronWeights
     from rat_megatron.convert.model_card import measured_losses, recipe_of
 
     wanted, shard_bytes = _check_options(output, dtype, tokenizer, max_shard_size)
-    source = TorchDistCheckpoint(find_iteration(checkpoint, step))
+    folder = find_iteration(checkpoint, step)
+    check_hashes(folder)
+    source = TorchDistCheckpoint(folder)
     args = source.args()
     weights = MegatronWeights(source, config_from_args(args, source.folder, pattern))
     tokenizer = tokenizer or tokenizer_of_the_data(args)

@@ -245,6 +245,17 @@ def test_tracker_is_replaced_whole_or_left_alone(tmp_path):
     assert tracker.read_text() == ""  # as Megatron leaves it; when this fails, the patch can go
 
 
+def test_the_tracker_of_a_store_is_left_to_megatron(tmp_path, monkeypatch):
+    from rat_megatron.training.patches.checkpoints import AtomicTracker
+
+    opened = []
+    access = AtomicTracker(Namespace(open=lambda *words, **_: opened.append(words)))
+    monkeypatch.chdir(tmp_path)
+    access.open("msc://bucket/run/latest_checkpointed_iteration.txt", "w")
+    access.open("msc://bucket/run/latest_checkpointed_iteration.txt", "r")
+    assert [words[1] for words in opened] == ["w", "r"] and not list(tmp_path.iterdir())
+
+
 def test_every_parameter_is_decayed():
     from megatron.training.training import get_megatron_optimizer_config
 

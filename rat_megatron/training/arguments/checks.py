@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training.utils import has_nvrx_checkpointing_async_support
 
 from rat_megatron.errors import UserError
 from rat_megatron.ratplus.pattern import AttentionPattern
@@ -36,6 +37,10 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
         derived["check_for_nan_in_loss_and_grad"] = False
         if args.rerun_mode == "validate_results":  # it would validate nothing, and wait for the device before every optimizer step
             derived["rerun_mode"] = "disabled"
+    if args.async_save:
+        derived["use_persistent_ckpt_worker"] = True  # without it Megatron would save in the foreground
+        if args.async_strategy == "nvrx" and not has_nvrx_checkpointing_async_support():
+            derived["async_strategy"] = "mcore"
     check_checkpoints(args, derived)
     return derived
 

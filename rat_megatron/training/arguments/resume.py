@@ -7,7 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, TRACKER_NAME, read_checkpoint_args
+from rat_megatron.checkpoint import TRACKER_NAME
+from rat_megatron.checkpoint.hashes import iterations
+from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, read_checkpoint_args
 from rat_megatron.data.loader.order import order_difference
 from rat_megatron.errors import UserError
 from rat_megatron.training.arguments.layout import query_groups
@@ -15,15 +17,14 @@ from rat_megatron.training.arguments.layout import query_groups
 
 def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
     """Raises UserError unless the checkpoint that the run starts from is there and fits; ``derived`` are defaults that args lack."""
-    if args.load and args.load != args.save and not _has_checkpoint(args.load):
-        raise UserError(f"--load {args.load} holds no checkpoint (no {TRACKER_NAME})")
-    if args.pretrained_checkpoint and not _has_checkpoint(args.pretrained_checkpoint):
-        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint (no {TRACKER_NAME})")
+    _check_folders(args)
     resumed = derived["load"] if derived["load"] and _has_checkpoint(derived["load"]) else None
     source = resumed or args.pretrained_checkpoint
     if source is None:
         return
-    stored = read_checkpoint_args(Path(source), args.ckpt_step if resumed else None)
+    if resumed and args.pretrained_checkpoint and args.ckpt_step:
+        derived["ckpt_step"] = None  # it names an iteration of the pretrained checkpoint, which this run has left behind
+    stored = read_checkpoint_args(Path(source), derived.get("ckpt_step", args.ckpt_step))
     there, here = _architecture(stored), _architecture(Namespace(**vars(args) | derived))
     for name, value in here.items():
         if there[name] != value:
@@ -35,6 +36,33 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
         _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
         if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
             _check_schedule(_schedule(stored), _schedule(args), source)
+
+
+def _check_folders(args: Namespace) -> None:
+    """Folders that are read hold a checkpoint, and one that is written holds none that the run would take for nothing and overwrite."""
+    given = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint, "--save": args.save}
+    for flag, folder in given.items():
+        if folder and "://" in folder:
+            raise UserError(
+                f"{flag} {folder} is no folder: checkpoints are kept in a file system that all nodes share, give a folder in it"
+            )
+        if not folder or _has_checkpoint(folder):
+            continue
+        there = ", ".join(path.name for path in iterations(Path(folder)))
+        if flag != "--save" and not (args.save and _same(folder, args.save)):
+            raise UserError(
+                f"{flag} {folder} holds no checkpoint (no {TRACKER_NAME}{f', which would name one of {there}' if there else ''})"
+            )
+        if there:
+            raise UserError(
+                f"--save {folder} holds {there} but no {TRACKER_NAME}, so that this run would begin anew and overwrite them: write the "
+                "iteration to resume from into that file, or give another folder"
+            )
+    if args.load and args.save and not args.skip_train and not _same(args.load, args.save) and _has_checkpoint(args.save):
+        raise UserError(
+            f"--save {args.save} holds checkpoints already, which a run that starts from --load {args.load} would overwrite: leave out "
+            "--load to resume from them, or give another folder"
+        )
 
 
 def _check_schedule(there: dict[str, Any], here: dict[str, Any], source: str) -> None:
@@ -91,6 +119,10 @@ def _architecture(args: Namespace) -> dict[str, Any]:
         "ffn_hidden_size": args.ffn_hidden_size or 4 * args.hidden_size,
         "num_query_groups": query_groups(args),
     }
+
+
+def _same(folder: str, other: str) -> bool:
+    return Path(folder).resolve() == Path(other).resolve()
 
 
 def _has_checkpoint(folder: str) -> bool:

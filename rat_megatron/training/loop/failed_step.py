@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE, RerunState, get_rerun_state_machine
 
+from rat_megatron.checkpoint import TRACKER_NAME
 from rat_megatron.checkpoint.torch_dist import latest_iteration
 from rat_megatron.training.monitoring.loss_spikes import FOLDER_NAME, withdraw_notes
 from rat_megatron.training.monitoring.weights import all_finite, here_finite
@@ -57,8 +58,8 @@ def _explanation(args: Namespace, exit_code: int, finite: bool, saves: bool) -> 
     text = f"iteration {iteration + 1} gave a loss or gradient that is not finite (exit code {exit_code}); on the disk is {latest}, whole. "
     if not finite:
         return text + (
-            "The weights themselves are not finite, so that no sample is to blame: resume from a checkpoint before, by writing its "
-            "iteration into latest_checkpointed_iteration.txt"
+            "The weights themselves are not finite, so that no sample is to blame: where the run ends here again, write the number of an "
+            f"iteration before into {TRACKER_NAME}"
         )
     if exit_code == EXIT_CODE_RESUME_TO_DISAMBIGUATE:
         return text + (

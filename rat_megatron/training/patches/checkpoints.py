@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import megatron.training.checkpointing as checkpointing
+import torch
+from megatron.training.async_utils import maybe_finalize_async_save
+from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from rat_megatron.checkpoint.torch_dist import TRACKER_NAME
-from rat_megatron.errors import UserError
-from rat_megatron.files import atomic_file
+from rat_megatron.checkpoint import TRACKER_NAME
+from rat_megatron.checkpoint.hashes import check_hashes, unfinished, write_hashes
+from rat_megatron.checkpoint.torch_dist import latest_iteration
+from rat_megatron.errors import RunFailed, UserError, one_line
+from rat_megatron.files import DISK_FULL, atomic_file
+from rat_megatron.training.monitoring.weights import all_finite
+
+_TRIED_BYTES = 16 << 20
 
 
 def without_strides(load_tensors_metadata: Callable) -> Callable:
@@ -74,6 +88,114 @@ def unless_saved(save_checkpoint_and_time: Callable, args: Namespace) -> Callabl
             saved.add(iteration)
 
     return save
+
+
+def with_hashes(save: Callable) -> Callable:
+    """Wraps ``dist_checkpointing.save``: the folder's files are hashed once they are written, and gone if they cannot be.
+
+    With --async-save both happen in the training loop, when Megatron finalizes the checkpoint; there, too, before the tracker moves.
+    """
+
+    def save_hashed(sharded_state_dict: Any, checkpoint_dir: str, *rest: Any, **kwargs: Any) -> Any:
+        folder = Path(checkpoint_dir)
+        if torch.distributed.get_rank() == 0:  # what was there before, of this iteration or of half of it
+            unfinished(folder).touch()
+            for path in folder.iterdir():
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+        torch.distributed.barrier()
+        with _whole_or_gone(folder):
+            request = save(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
+            if request is None:
+                write_hashes(folder)
+                return None
+        finalize = [*request.finalize_fns, partial(write_hashes, folder)]
+        request.finalize_fns[:] = [_whole_or_gone(folder)(function) for function in finalize]
+        return request
+
+    return save_hashed
+
+
+def one_at_a_time(save_checkpoint: Callable) -> Callable:
+    def save(*args: Any, **kwargs: Any) -> None:
+        maybe_finalize_async_save(blocking=True)
+        save_checkpoint(*args, **kwargs)
+
+    return save
+
+
+def with_files_checked(load_base_checkpoint: Callable) -> Callable:
+    """Wraps ``_load_global_dist_base_checkpoint``, which Megatron calls first for the arguments and then for all."""
+    checked: set[Path] = set()
+
+    def load(load_dir: str, args: Namespace, rank0: bool, state: Any, iteration: int, release: bool, *rest: Any, **kwargs: Any) -> Any:
+        folder = Path(checkpointing.get_checkpoint_name(load_dir, iteration, release, return_base_dir=True))
+        if folder not in checked and folder.is_dir() and torch.distributed.is_initialized():
+            check_hashes(folder)
+            checked.add(folder)
+        return load_base_checkpoint(load_dir, args, rank0, state, iteration, release, *rest, **kwargs)
+
+    return load
+
+
+def of_finite_weights(save_checkpoint: Callable, args: Namespace) -> Callable:
+    def save(iteration: int, model: list, *rest: Any, **kwargs: Any) -> None:
+        if not all_finite(model):
+            raise RunFailed(
+                f"the weights are not finite after iteration {iteration}, which is therefore not saved: {_kept(args)}, resume from it "
+                "with a lower --lr or --clip-grad if it comes to this again"
+            )
+        try:
+            save_checkpoint(iteration, model, *rest, **kwargs)
+        except OSError as error:  # of the first rank's small files: the tracker and what is beside it
+            raise RunFailed(f"iteration {iteration} cannot be saved in {args.save} ({error.strerror or error}): {_kept(args)}") from error
+
+    return save
+
+
+def with_finite_weights(load_checkpoint: Callable, args: Namespace) -> Callable:
+    def load(model: list, *rest: Any, **kwargs: Any) -> Any:
+        result = load_checkpoint(model, *rest, **kwargs)
+        if not all_finite(model):
+            raise UserError(
+                f"the weights of iteration {result[0]}, loaded from {args.load or args.pretrained_checkpoint}, are not finite: resume from "
+                f"an iteration before, by writing it into {TRACKER_NAME} there"
+            )
+        return result
+
+    return load
+
+
+@contextmanager
+def _whole_or_gone(folder: Path) -> Iterator[None]:
+    """When writing fails, on whichever rank, nothing is left of the iteration's folder and the run ends in a sentence."""
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        reason = [_no_room(folder) or one_line(error)]
+        if isinstance(error, CheckpointException):  # raised on every rank; the first one's reason serves all
+            torch.distributed.broadcast_object_list(reason, src=0)
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished(folder).unlink(missing_ok=True)
+        raise RunFailed(f"{folder} could not be written, and what there was of it is removed: {reason[0]}; {_kept(get_args())}") from error
+
+
+def _no_room(folder: Path) -> str | None:
+    """Whether a full disk is what stopped a save: Megatron passes on the class of a writer's error only, so a small file is tried."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(os.urandom(_TRIED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            return f"{os.strerror(error.errno).lower()}, make room and start the run again"
+    return None
+
+
+def _kept(args: Namespace) -> str:
+    latest = latest_iteration(Path(args.save))
+    return "there is no checkpoint before" if latest is None else f"the latest checkpoint is still that of iteration {latest}"
 
 
 class AtomicTracker:

@@ -136,6 +136,21 @@ def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
             checkpointing, "maybe_msc", checkpoints.AtomicTracker,
             "A kill between opening and writing the tracker file would leave it empty, and with it no checkpoint to resume from.",
         ),
+        Patch(
+            checkpointing.dist_checkpointing, "save", checkpoints.with_hashes,
+            "Files that are damaged later would load as weights: --verify-integrity hashes on one rank alone, and refuses older ones. "
+            "A full disk would leave half an iteration and a traceback.",
+        ),
+        Patch(checkpointing, "_load_global_dist_base_checkpoint", checkpoints.with_files_checked, "The hashes are compared."),
+        Patch(
+            training, "save_checkpoint", partial(checkpoints.of_finite_weights, args=args),
+            "Weights that are not finite would become the latest checkpoint, and every run from it would end the same way.",
+        ),
+        Patch(
+            training, "save_checkpoint", checkpoints.one_at_a_time,
+            "With --async-save a second save would begin beside the first: twice the host memory, and two half iterations if it fails.",
+        ),
+        Patch(training, "load_checkpoint", partial(checkpoints.with_finite_weights, args=args), "The same, of older checkpoints."),
     ]  # fmt: skip
     if watchdog:
         rows += [Patch(training, "save_checkpoint_and_time", watchdog.beating, "Saving takes long without a microbatch.")]
