@@ -20,30 +20,6 @@ def decay_every_parameter(get_megatron_optimizer_config):
     return get_config
 
 
-def from_padded_buckets(sharded_param_state: Callable) -> Callable:
-    def state(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gather = self.get_parameter_state_dp_zero
-        self.get_parameter_state_dp_zero = lambda **options: with_padding(gather(**options), self.buffers)
-        try:
-            return sharded_param_state(self, *args, **kwargs)
-        finally:
-            del self.get_parameter_state_dp_zero
-
-    return state
-
-
-def with_padding(state: dict[Any, Any] | None, buffers: list[Any]) -> dict[Any, Any] | None:
-    """Puts back the padding between buckets that gathering took out: parameters are then where ``param_index_map`` has them."""
-    for index, buffer in enumerate(buffers if state else []):
-        for tensors in state[index].values():
-            for name, packed in tensors.items():
-                if isinstance(packed, torch.Tensor):
-                    tensors[name] = packed.new_zeros(buffer.numel)
-                    for bucket, values in zip(buffer.buckets, packed.split([b.numel_unpadded for b in buffer.buckets]), strict=True):
-                        tensors[name][bucket.offset : bucket.offset + bucket.numel_unpadded] = values
-    return state
-
-
 def begun(state_dict: Callable) -> Callable:
     def begin(self: Any) -> dict[str, Any]:
         if not self.optimizer.state:

@@ -15,6 +15,7 @@ import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.models.gpt import GPTModel
 
+from rat_megatron.checkpoint import optimizer_rows
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.loop.arl import arl_train_step, step_loaded_first
 from rat_megatron.training.loop.cuda_graphs import CudaGraphs
@@ -161,10 +162,16 @@ def _optimizer() -> list[Patch]:
     owner = distrib_optimizer.DistributedOptimizer
     rows = [
         Patch(training, "get_megatron_optimizer_config", optimizer.decay_every_parameter, "RAT+ decays every parameter, norms included."),
-        Patch(
-            owner, "sharded_param_state_fully_reshardable", optimizer.from_padded_buckets,
-            "Fully reshardable checkpoints take parameters from the wrong places once a bucket of the buffer has had to be padded (its "
-            "length is no multiple of 128 and of the data-parallel size): moments and master weights would be lost silently.",
+        *(
+            Patch(
+                owner, name, make,
+                "Fully reshardable checkpoints gather the whole optimizer on every rank before anything is written, and take parameters from "
+                "the wrong places once a bucket of the buffer has had to be padded: moments and master weights would be lost silently.",
+            )
+            for name, make in (
+                ("sharded_param_state_fully_reshardable", lambda _: optimizer_rows.sharded_rows),
+                ("load_parameter_state_from_fully_reshardable", lambda _: optimizer_rows.load_rows),
+            )
         ),
         *(
             Patch(
