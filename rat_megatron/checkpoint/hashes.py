@@ -6,13 +6,16 @@ as reading and xxh64 both let the others run.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import re
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +27,39 @@ from rat_megatron.errors import UserError, one_line
 from rat_megatron.files import write_json
 
 HASHES_NAME = "hashes.json"
+_OWN_NAME = re.compile(r"hashes(_\d+)?\.json")
 _ALGORITHM = "xxh64"
 
 
 def write_hashes(folder: Path) -> None:
     """Hashes the files of an iteration's folder, once all are there; every rank calls this, and in a run it ends together for all."""
     start, (rank, ranks) = time.perf_counter(), _place()
-    mine = [path for path in folder.iterdir() if path.is_file() and path.name != HASHES_NAME and _writer(path) % ranks == rank]
-    found = _gather(dict(zip((path.name for path in mine), _in_threads(_facts, mine), strict=True)))
+    in_background = _of_rank(folder, rank)
+    known = json.loads(in_background.read_text()) if in_background.is_file() else {}
+    mine = [path for path in folder.iterdir() if path.is_file() and not _OWN_NAME.fullmatch(path.name) and _writer(path) % ranks == rank]
+    found = _gather(known | _facts_of([path for path in mine if path.name not in known]))
+    in_background.unlink(missing_ok=True)
     if rank == 0:
         files = dict(sorted((name, facts) for share in found for name, facts in share.items()))
         write_json(folder / HASHES_NAME, {"algorithm": _ALGORITHM, "files": files})
         unfinished(folder).unlink(missing_ok=True)
         _say(folder, "hashed", files, start)
     _gather(None)  # nobody goes on to move the tracker before the file is there
+
+
+def write_and_hash(write: Callable, folder: Path, *args: Any, **kwargs: Any) -> None:
+    """A rank's writing of its files, in the process of --async-save: hashed there too, so that training need not wait for it."""
+    _die_with_parent()
+    write(*args, **kwargs)
+    rank = args[0]
+    with suppress(OSError):  # a full disk, which the writer has noted: training ends when it hears of it
+        write_json(_of_rank(folder, rank), _facts_of([path for path in folder.glob("*.distcp") if _writer(path) == rank]))
+
+
+def _die_with_parent() -> None:
+    """Has Linux kill this process when the one that started it ends; a writer would outlive a killed run, with its memory."""
+    prctl, signal_on_parents_death = ctypes.CDLL(None).prctl, 1
+    prctl(signal_on_parents_death, signal.SIGKILL)
 
 
 def check_hashes(folder: Path) -> None:
@@ -118,6 +140,11 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
+def _of_rank(folder: Path, rank: int) -> Path:
+    """Hashes of the files that a rank has written in the background."""
+    return folder / f"hashes_{rank}.json"
+
+
 def _writer(path: Path) -> int:
     """The rank that wrote ``__RANK_NUMBER.distcp``; the first, of anything else."""
     match = re.search(r"__(\d+)_\d+\.distcp$", path.name)
@@ -161,6 +188,10 @@ def _size_fault(path: Path, facts: dict[str, Any]) -> str | None:
 def _facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "hash": hashlib.file_digest(file, xxhash.xxh64).hexdigest()}  # type: ignore[arg-type]
+
+
+def _facts_of(files: list[Path]) -> dict[str, dict[str, Any]]:
+    return dict(zip((path.name for path in files), _in_threads(_facts, files), strict=True))
 
 
 def _in_threads(function: Any, items: list[Any]) -> list[Any]:

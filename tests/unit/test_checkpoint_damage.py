@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 from rat_megatron.checkpoint import TRACKER_NAME
 from rat_megatron.checkpoint.hashes import HASHES_NAME, check_hashes, unfinished, write_hashes
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from rat_megatron.convert import convert_to_hf
 from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain, pretrain_environment
@@ -189,15 +193,25 @@ def faulty(model, optimizer, scheduler, iteration, *rest):
         {fault}
     return decide(model, optimizer, scheduler, iteration, *rest)
 training.checkpoint_and_decide_exit = faulty
-pretrain.main()
+if __name__ == "__main__":  # the process of --async-save imports this file too
+    pretrain.main()
 """
 
 
 def run_faulty(tiny_data, folder, fault: str, *flags) -> subprocess.CompletedProcess:
-    program = FAULTY.format(repository=str(REPOSITORY), fault=fault)
+    program = Path(f"{folder}.py")
+    program.write_text(FAULTY.format(repository=str(REPOSITORY), fault=fault))
     words = [*FLAGS, "--data-path", tiny_data, "--train-iters", 6, "--save", folder, *flags]
-    command = [sys.executable, "-c", program, *map(str, words)]
-    return subprocess.run(command, env=pretrain_environment(), capture_output=True, text=True, timeout=240)
+    command = [sys.executable, *map(str, [program, *words])]
+    # Into files, and in a session of its own: a killed run leaves a helper of multiprocessing behind, which would keep pipes open.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with subprocess.Popen(command, env=pretrain_environment(), stdout=out, stderr=err, start_new_session=True) as process:
+            try:
+                code = process.wait(timeout=240)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(command, code, *(file.seek(0) or file.read() for file in (out, err)))
 
 
 POISON = "next(model[0].parameters()).data.view(-1)[3] = float('-inf')"
@@ -211,7 +225,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_data, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_trained_on(copy, tiny_data):
-    from rat_megatron.checkpoint.torch_dist import StoredTensor, TorchDistCheckpoint, write_torch_dist
+    from rat_megatron.checkpoint.torch_dist import StoredTensor, write_torch_dist
 
     folder = copy / "iter_0000004"
     checkpoint = TorchDistCheckpoint(folder)
@@ -247,6 +261,34 @@ def test_a_full_disk_ends_in_a_sentence(tiny_data, small_disk, flags):
     assert "iter_0000004 could not be written" in line and "no space left on device" in line and "still that of iteration 2" in line, line
     assert (small_disk / TRACKER_NAME).read_text() == "2" and [path.name for path in small_disk.glob("iter_*")] == ["iter_0000002"]
     check_hashes(small_disk / "iter_0000002")
+
+
+def test_saves_in_the_background_are_whole_and_killed_ones_are_not_the_latest(tiny_data, saved, tmp_path):
+    pretrain(*FLAGS, "--data-path", tiny_data, "--train-iters", 4, "--save", tmp_path / "whole", "--async-save")
+    for name in ("iter_0000002", "iter_0000004"):
+        folder, other = tmp_path / "whole" / name, saved / name
+        assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+        check_hashes(folder)
+        one, two = TorchDistCheckpoint(folder), TorchDistCheckpoint(other)
+        assert one.tensors.keys() == two.tensors.keys()
+        assert all(torch.equal(one.read(key), two.read(key)) for key in one.tensors)
+
+    kill = "import os, signal; result = decide(model, optimizer, scheduler, iteration, *rest); os.kill(os.getpid(), signal.SIGKILL)"
+    result = run_faulty(tiny_data, tmp_path / "killed", kill, "--async-save")
+    assert result.returncode == -9
+    assert (tmp_path / "killed" / TRACKER_NAME).read_text() == "2"
+    resume(tiny_data, tmp_path / "killed", "--async-save", check=True)
+    assert (tmp_path / "killed" / TRACKER_NAME).read_text() == "6"
+    check_hashes(tmp_path / "killed" / "iter_0000004")
+
+
+def test_a_writer_that_is_gone_ends_the_run(tiny_data, tmp_path):
+    kill = "from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller as caller"
+    kill += "; caller._persistent_process.kill(); caller._persistent_process.join()"
+    kill += "; caller.schedule_async_call = lambda self, request: None"  # as if it had died when it had the weights
+    result = run_faulty(tiny_data, tmp_path, kill, "--async-save")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    assert "the process that writes checkpoints has ended (exit code -9)" in result.stderr and "still that of iteration 2" in result.stderr
 
 
 def test_hashes_in_one_process(tmp_path):

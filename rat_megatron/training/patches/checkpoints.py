@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import tempfile
 from argparse import Namespace
@@ -14,6 +15,8 @@ from typing import Any
 
 import megatron.training.checkpointing as checkpointing
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint import FileSystemReader
@@ -21,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rat_megatron.checkpoint import TRACKER_NAME
-from rat_megatron.checkpoint.hashes import check_hashes, unfinished, write_hashes
+from rat_megatron.checkpoint.hashes import check_hashes, unfinished, write_and_hash, write_hashes
 from rat_megatron.checkpoint.torch_dist import latest_iteration
 from rat_megatron.errors import RunFailed, UserError, one_line
 from rat_megatron.files import DISK_FULL, atomic_file
@@ -103,6 +106,11 @@ def with_hashes(save: Callable) -> Callable:
             for path in folder.iterdir():
                 path.unlink() if path.is_file() else shutil.rmtree(path)
         torch.distributed.barrier()
+        if kwargs.get("async_sharded_save"):
+            for sharded in nested_values(sharded_state_dict):
+                # What is on a device is copied before training goes on; what is in host memory, as with --optimizer-cpu-offload, is shared.
+                if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and sharded.data.device.type == "cpu":
+                    sharded.data = sharded.data.clone()
         with _whole_or_gone(folder):
             request = save(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
             if request is None:
@@ -110,7 +118,7 @@ def with_hashes(save: Callable) -> Callable:
                 return None
         finalize = [*request.finalize_fns, partial(write_hashes, folder)]
         request.finalize_fns[:] = [_whole_or_gone(folder)(function) for function in finalize]
-        return request
+        return request._replace(async_fn=partial(write_and_hash, request.async_fn, folder)) if request.async_fn else request
 
     return save_hashed
 
@@ -121,6 +129,28 @@ def one_at_a_time(save_checkpoint: Callable) -> Callable:
         save_checkpoint(*args, **kwargs)
 
     return save
+
+
+def of_a_living_writer(is_done: Callable) -> Callable:
+    """Wraps PersistentAsyncCaller's ``is_current_async_call_done``."""
+
+    def check(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+        while self.process and self.cur_item is None:
+            alive = self.process.is_alive()  # asked first: what it has finished before its end counts
+            try:
+                self.cur_item = self._persistent_comp_q.get(timeout=0.1 if blocking else 0)
+            except queue.Empty:
+                if not alive:
+                    code, self.process = self.process.exitcode, None  # closing must not wait for it either
+                    self._persistent_queue.cancel_join_thread()
+                    raise RunFailed(
+                        f"the process that writes checkpoints has ended (exit code {code}), perhaps for want of memory: {_kept(get_args())}"
+                    ) from None
+                if not blocking:
+                    break
+        return is_done(self, blocking, no_dist)
+
+    return check
 
 
 def with_files_checked(load_base_checkpoint: Callable) -> Callable:

@@ -12,6 +12,7 @@ import megatron.core.tensor_parallel.layers as layers
 import megatron.training.checkpointing as checkpointing
 import megatron.training.initialize as initialize
 import megatron.training.training as training
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.models.gpt import GPTModel
 
@@ -150,6 +151,10 @@ def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
         Patch(
             training, "save_checkpoint", checkpoints.one_at_a_time,
             "With --async-save a second save would begin beside the first: twice the host memory, and two half iterations if it fails.",
+        ),
+        Patch(
+            PersistentAsyncCaller, "is_current_async_call_done", checkpoints.of_a_living_writer,
+            "Megatron would wait for ever for the process of --async-save where it has been killed.",
         ),
         Patch(training, "load_checkpoint", partial(checkpoints.with_finite_weights, args=args), "The same, of older checkpoints."),
     ]  # fmt: skip
