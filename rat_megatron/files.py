@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -31,9 +32,17 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Raises ValueError for NaN and infinity, which JSON has no words for."""
+    """NaN and infinity, which JSON has no words for, are written as null: they are found where much has gone well before."""
     with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        file.write(json.dumps(_with_null(value), indent=2, allow_nan=False) + "\n")
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_output(output: Path) -> None:

@@ -7,6 +7,7 @@ is imported in the functions, so that --help is quick.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ from rat_megatron.files import atomic_folder, check_output
 if TYPE_CHECKING:
     import torch
 
-    from rat_megatron.convert.check import Check
+    from rat_megatron.convert.check import Check, Logits
     from rat_megatron.convert.megatron_weights import MegatronWeights
     from rat_megatron.convert.reference_weights import ReferenceWeights
 
@@ -78,6 +79,7 @@ def convert_to_hf(
     from rat_megatron.checkpoint.hashes import check_hashes
     from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
     from rat_megatron.convert.megatron_args import config_from_args, tokenizer_of_the_data
+    from rat_megatron.convert.megatron_model import megatron_logits
     from rat_megatron.convert.megatron_weights import MegatronWeights
     from rat_megatron.convert.model_card import measured_losses, recipe_of
 
@@ -88,7 +90,9 @@ def convert_to_hf(
     args = source.args()
     weights = MegatronWeights(source, config_from_args(args, source.folder, pattern))
     tokenizer = tokenizer or tokenizer_of_the_data(args)
-    return _write_hf(weights, source.folder, output, wanted, shard_bytes, tokenizer, recipe_of(args), measured_losses(source.folder, args))
+    logits = partial(megatron_logits, source)
+    recipe, losses = recipe_of(args), measured_losses(source.folder, args)
+    return _write_hf(weights, logits, source.folder, output, wanted, shard_bytes, tokenizer, recipe, losses)
 
 
 def convert_from_hf(
@@ -103,6 +107,7 @@ def convert_from_hf(
     from rat_megatron.checkpoint.torch_dist import TRACKER_NAME, TorchDistCheckpoint
     from rat_megatron.convert.check import check_conversion
     from rat_megatron.convert.megatron_args import args_from_config
+    from rat_megatron.convert.megatron_model import megatron_logits
     from rat_megatron.convert.megatron_weights import MegatronWeights, write_megatron_weights
 
     check_output(output)
@@ -114,7 +119,9 @@ def convert_from_hf(
     with atomic_folder(output) as written:
         write_megatron_weights(source, dtype, args_from_config(config, dtype, folder), written / _RELEASE)
         (written / TRACKER_NAME).write_text(_RELEASE)
-        check = check_conversion(MegatronWeights(TorchDistCheckpoint(written / _RELEASE), config), source, str(folder))
+        checkpoint = TorchDistCheckpoint(written / _RELEASE)
+        MegatronWeights(checkpoint, config)  # it holds the model's weights and no others
+        check = check_conversion(partial(megatron_logits, checkpoint), source, str(folder))
     return ConvertedCheckpoint(output=output, pattern=config.attention_pattern, dtype=_word(dtype), check=check)
 
 
@@ -133,11 +140,13 @@ def convert_from_reference(
 
     The file is mapped, so that only the weights are read of it.
     """
+    from rat_megatron.convert.check import plain_logits
     from rat_megatron.convert.reference_weights import ReferenceWeights
 
     wanted, shard_bytes = _check_options(output, dtype, tokenizer, max_shard_size)
     weights = ReferenceWeights(file, num_attention_heads, max_position_embeddings, pattern)
-    return _write_hf(weights, file, output, wanted, shard_bytes, tokenizer, recipe={}, losses={})
+    logits = partial(plain_logits, weights, weights.config)
+    return _write_hf(weights, logits, file, output, wanted, shard_bytes, tokenizer, recipe={}, losses={})
 
 
 def _check_options(output: Path, dtype: str | None, tokenizer: Path | None, max_shard_size: str) -> tuple[torch.dtype | None, int]:
@@ -153,6 +162,7 @@ def _check_options(output: Path, dtype: str | None, tokenizer: Path | None, max_
 
 def _write_hf(
     weights: MegatronWeights | ReferenceWeights,
+    logits: Logits,
     source: Path,
     output: Path,
     dtype: torch.dtype | None,
@@ -161,7 +171,7 @@ def _write_hf(
     recipe: dict[str, str],
     losses: dict[str, float],
 ) -> ConvertedFolder:
-    """Writes weights as a Hugging Face folder and compares it with them; recipe and losses are for the model card."""
+    """Writes weights as a Hugging Face folder and compares it with ``logits``; recipe and losses are for the model card."""
     from rat_megatron.checkpoint.hf_folder import HfFolder, write_configs, write_shards
     from rat_megatron.convert.check import check_conversion
     from rat_megatron.convert.model_card import write_model_card
@@ -172,7 +182,7 @@ def _write_hf(
         shards = write_shards(weights.hf_weights(dtype), folder, shard_bytes)
         write_configs(config, folder, tokenizer)
         write_model_card(folder, config, recipe, losses)
-        check = check_conversion(weights, HfFolder(folder), str(source), None if weights.dtypes == {dtype} else dtype)
+        check = check_conversion(logits, HfFolder(folder), str(source), None if weights.dtypes == {dtype} else dtype)
     return ConvertedFolder(
         output=output,
         source=source.name,

@@ -1,13 +1,16 @@
 """The check at the end of every conversion: both sides' logits for one prompt, with one layer of weights in memory at a time.
 
-One side is the model class of the Hugging Face format, the other RAT+ written out plainly (arXiv 2602.18196) over the other format's own
-tensors: a weight that went to the wrong place, or rows in the wrong order, give other logits.
+One side is the model class of the Hugging Face format. The other is made of the other format's own tensors, and shares nothing with the
+conversion: for a Megatron checkpoint the model that Megatron builds from its arguments (``megatron_model.py``), for the reference
+implementation RAT+ written out plainly (arXiv 2602.18196). A weight that went to the wrong place, rows in the wrong order, or a setting
+that training had and the result has not, give other logits.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +25,11 @@ from rat_megatron.hf import RatPlusConfig, RatPlusModel
 _PROMPT_LENGTH = 32
 _TOLERANCE = 1e-3  # of the largest logit: far more than two ways of summing in fp32 differ, far less than a wrong weight does
 _ROWS = 4096  # of a large matrix that are in memory in fp32 at a time
+
+Logits = Callable[[Tensor, list[torch.dtype | None]], list[Tensor]]
+"""Logits [t, vocab or more] of tokens [t] under dense attention, in fp32, once for each dtype that the weights are rounded to (None: not).
+
+The first of the dtypes is None."""
 
 
 class PlainWeights(Protocol):
@@ -53,14 +61,15 @@ class Check:
 
 
 @torch.no_grad()
-def check_conversion(plain: PlainWeights, folder: HfFolder, source: str, dtype: torch.dtype | None = None) -> Check:
+def check_conversion(logits_of_source: Logits, folder: HfFolder, source: str, dtype: torch.dtype | None = None) -> Check:
     """Compares both sides under dense attention; ``dtype`` names that of the folder when the other side's was changed into it.
 
     Raises UserError when the logits are not finite, or differ by more than rounding in fp32 explains.
     """
     config = folder.config
     tokens = (torch.arange(min(_PROMPT_LENGTH, config.max_position_embeddings)) * 7919 + 1) % config.vocab_size
-    expected = plain_logits(plain, config, tokens, [None] if dtype is None else [None, dtype])
+    padded = logits_of_source(tokens, [None] if dtype is None else [None, dtype])
+    expected = [logits[:, : config.vocab_size] for logits in padded]
     if not all(logits.isfinite().all() for logits in expected):
         raise UserError(f"the weights in {source} give NaN or infinite logits: training diverged before they were written")
     found = _hf_logits(folder, tokens)
@@ -81,7 +90,7 @@ def check_conversion(plain: PlainWeights, folder: HfFolder, source: str, dtype: 
 
 
 def plain_logits(weights: PlainWeights, config: RatPlusConfig, tokens: Tensor, dtypes: list[torch.dtype | None]) -> list[Tensor]:
-    """Logits [t, vocab] of tokens [t] under dense attention, in fp32, once for each dtype that the weights are rounded to (None: not)."""
+    """As Logits, of RAT+ written out plainly."""
 
     def linear(xs: list[Tensor], role: str, layer: int = 0) -> list[Tensor]:
         parts = weights.read(role, layer).split(_ROWS)
@@ -103,7 +112,7 @@ def plain_logits(weights: PlainWeights, config: RatPlusConfig, tokens: Tensor, d
         xs = [x + y for x, y in zip(xs, linear(mixed, "output", layer), strict=True)]
         hidden = [F.gelu(u) for u in linear(norm(xs, "post_norm", layer), "up", layer)]
         xs = [x + y for x, y in zip(xs, linear(hidden, "down", layer), strict=True)]
-    return [logits[:, : config.vocab_size] for logits in linear(norm(xs, "final_norm"), "head")]
+    return linear(norm(xs, "final_norm"), "head")
 
 
 def _plain_attention(q: Tensor, o: Tensor, k: Tensor, v: Tensor, f: Tensor | None, config: RatPlusConfig) -> Tensor:

@@ -15,7 +15,6 @@ from rat_megatron.convert.names import FUSED_QKV, TABLE, Row, fuse_qkv, split_fu
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig
 
-_ROLES = ("embedding", "input_norm", "projections", "output", "post_norm", "up", "down", "final_norm", "head")  # as TABLE lists them
 # What Megatron's linear layers keep for FP8, empty here; its loader asks for it.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -66,20 +65,6 @@ class MegatronWeights:
             return split_fused_qkv(weight, *sizes, recurrence=config.use_recurrence)
         except ValueError as error:
             raise UserError(f"{self._source.folder}: {place[0]} does not fit the checkpoint's arguments, {error}") from error
-
-    def read(self, role: str, layer: int = 0) -> Tensor:
-        """As PlainWeights.read: the tensor as Megatron stores it, padding rows of the vocabulary included."""
-        if role == "head" and self.config.tie_word_embeddings:
-            role = "embedding"
-        return self._source.read(*self._places[TABLE[_ROLES.index(role)], layer])
-
-    def cut(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """As PlainWeights.cut, by heads of the layout: a query group's heads are those of q, of the output gate, then k, v, forget gate."""
-        groups, per_group = self.config.num_key_value_heads, self.config.num_attention_heads // self.config.num_key_value_heads
-        heads = projected.unflatten(-1, (groups, -1, self.config.head_dim))  # [t, ng, 2 * np/ng + 2 or 3, hn]
-        q, o = heads[:, :, :per_group].flatten(1, 2), heads[:, :, per_group : 2 * per_group].flatten(1, 2)
-        k, v = heads[:, :, 2 * per_group], heads[:, :, 2 * per_group + 1]
-        return q, o, k, v, heads[:, :, 2 * per_group + 2] if self.config.use_recurrence else None
 
 
 def write_megatron_weights(source: HfFolder, dtype: torch.dtype, args: Namespace, folder: Path) -> None:

@@ -85,6 +85,7 @@ def measured_losses(folder: Path, args: Namespace) -> dict[str, float]:
             _shortest(word, args) + (f" on {name}" if name else ""): float(loss)
             for name, losses in sets.items()
             for word, loss in losses.items()
+            if loss is not None  # it was not finite
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # never evaluated, or not by this program: the card says nothing then

@@ -143,6 +143,23 @@ UNUSED = (
         names=("use_checkpoint_args", "use_mp_args_from_checkpoint_args"),
     ),
     Unused(
+        "would change nothing here",  # the first is left out where models are built from a configuration, the second is for experts
+        names=("freeze_all_layers", "fused_residual_rmsnorm"),
+    ),
+    Unused(
+        "is not supported: Megatron's layers take no input in fp32 where their weights are in bf16 or fp16",
+        names=("fp32_residual_connection",),
+    ),
+    Unused(
+        "is not supported: Megatron's configuration lacks what it sets; give --init-method-std",
+        names=("init_method_xavier_uniform",),
+    ),
+    Unused("is not supported: RAT+'s own kernels do not keep to it", names=("batch_invariant_mode",)),
+    Unused(
+        "is for tests with nvidia_resiliency_ext, which this program does not have",
+        prefixes=("fault_injector_",),
+    ),
+    Unused(
         "is not supported",
         groups=("In-process restart",),
         prefixes=("delta_offload_", "muon_"),

@@ -44,6 +44,9 @@ class RATCoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         dense_attention: Callable[..., MegatronModule] | None = None,
     ):
+        for name, plain in {"softmax_type": "vanilla", "window_size": None, "apply_query_key_layer_scaling": False}.items():
+            if getattr(config, name) != plain:
+                raise ValueError(f"RAT+ attention has no {name}, and the config says {getattr(config, name)}")
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5

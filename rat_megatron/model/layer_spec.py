@@ -64,9 +64,12 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm over the last dimension, built as Megatron builds its norms.
 
     Under sequence parallelism each tensor-parallel rank sees part of the sequence, so the weight carries the mark by which Megatron
-    sums its gradient over them; Megatron's own local norm refuses sequence parallelism.
+    sums its gradient over them; Megatron's own local norm refuses sequence parallelism. Raises ValueError for a config of another norm.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
+        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+            zero_centered = ", layernorm_zero_centered_gamma" if config.layernorm_zero_centered_gamma else ""
+            raise ValueError(f"RAT+ layers have a plain RMSNorm, and the config says {config.normalization}{zero_centered}")
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

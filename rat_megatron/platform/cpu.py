@@ -15,14 +15,14 @@ import os
 import queue
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rat_megatron.training.patches import Patch
+from rat_megatron.training.patches import Patch, applied
 
 
 def use_cpu_if_no_cuda() -> bool:
@@ -63,6 +63,15 @@ def cpu_patches(async_save: bool = False) -> list[Patch]:
         )
         patches += [Patch(filesystem_async, "_results_queue", lambda _: queue.Queue(), why)]
     return patches
+
+
+@contextlib.contextmanager
+def cuda_means_cpu() -> Iterator[None]:
+    """In the block Megatron's modules run on the CPU, uncompiled, with a GPU present or not; at its end torch is as it was."""
+    current = Patch(torch.cuda, "current_device", lambda _: lambda: 0, "RoPE's angles are made on it; asking for it would start CUDA.")
+    # Megatron compiles some functions, which takes minutes on a CPU.
+    with applied([current]), _CudaWordsMeanCpu(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _is_cuda(device: Any) -> bool:

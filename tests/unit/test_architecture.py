@@ -110,6 +110,11 @@ def test_no_flag_gives_another_model_or_nothing_at_all(parser, monkeypatch):
         "inference": (["--transformer-impl", "inference_optimized"], "inference_optimized cannot train"),
         "yaml": (["--yaml-cfg", "a.yaml"], "--yaml-cfg is not supported"),
         "with a value": (["--normalization", "LayerNorm"], "--normalization LayerNorm is not part .* leave it out, or give RMSNorm"),
+        "frozen": (["--freeze-all-layers"], "--freeze-all-layers would change nothing here: leave it out"),
+        "residual": (["--bf16", "--fp32-residual-connection"], "--fp32-residual-connection is not supported: Megatron's layers"),
+        "xavier": (["--init-method-xavier-uniform"], "lacks what it sets; give --init-method-std"),
+        "batch": (["--batch-invariant-mode", "--attention-backend", "flash"], "RAT\\+'s own kernels do not keep to it"),
+        "faults": (["--fault-injector-ranks", "0"], "is for tests with nvidia_resiliency_ext, which .*: leave it out"),
         "documents": (["--dataloader-inter-document-masking"], "tokens of one document would see those of another"),
     }.values(),
 )

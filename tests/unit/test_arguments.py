@@ -81,6 +81,8 @@ BAD = {
     "heads and hidden size": (["--hidden-size", "30"], "--num-attention-heads 4 does not divide --hidden-size 30"),
     "tensor parallel size": (["--tensor-model-parallel-size", "3"], "does not divide the 4 query groups"),
     "sequence parallelism alone": (["--sequence-parallel"], "give --tensor-model-parallel-size above 1"),
+    "meta device": (["--init-model-with-meta-device"], "--init-model-with-meta-device gives weights no values but with Megatron's FSDP"),
+    "rerun": (["--rerun-mode", "report_stats"], "--rerun-mode report_stats is not known to Megatron itself: give validate_results"),
     "overlap alone": (["--tp-comm-overlap"], "--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size above 1"),
     "overlap without Transformer Engine": (
         ["--tp-comm-overlap", "--sequence-parallel", "--tensor-model-parallel-size", "2"],

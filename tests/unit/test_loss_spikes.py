@@ -138,6 +138,42 @@ def test_a_jump_is_logged_with_the_samples_of_its_batch(tiny_data, tmp_path):
     assert not list((tmp_path / "suspicious_samples").glob("*0000061*"))
 
 
+def test_a_jump_to_infinity_is_one(tiny_data, tmp_path):
+    """Where Megatron does not look, the run goes on, and its note says what the loss was."""
+    fault = f"output = output / (loss_mask == 0) if count == {4 * 51 + 4} else output"
+    flags = ["--train-iters", 53, "--no-check-for-nan-in-loss-and-grad", *NO_EVALUATION]
+    result = run_faulty(tiny_data, tmp_path, 4 * 51 + 4, fault, *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"lm loss jumped from [\d.]+ to inf at iteration 52\n", result.stdout)
+    note = json.loads((tmp_path / "suspicious_samples" / "iteration-0000052-jump-lm-loss.json").read_text())
+    assert note["loss"] == "inf" and note["running_mean"] > 1 and len(note["sample_ids"]) == 4
+
+
+@pytest.mark.parametrize("value, fault", [("nan", "output * float('nan')"), ("inf", "output / (loss_mask == 0)")])
+def test_a_validation_loss_that_is_not_finite_ends_no_run(tiny_data, tmp_path, value, fault):
+    fault = f"output = output if output.requires_grad else {fault}"
+    result = run_faulty(tiny_data, tmp_path, 0, fault, "--train-iters", 2, "--eval-interval", 1, "--rat-eval-patterns", "dense", "d8")
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    for pattern in ("dense", "d8"):
+        assert f"rat-megatron: the validation loss under {pattern} is {value} at iteration 1\n" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["patterns"] == {"dense": None, "d8": None} and report["iteration"] == 2
+    notes = [json.loads(path.read_text()) for path in (tmp_path / "suspicious_samples").glob("*")]
+    assert {note["split"] for note in notes} == ({"val"} if value == "nan" else set())
+
+
+@pytest.mark.parametrize("times, verdict", [("always", "is reproducible within the tolerance"), ("once", "Possible transient error")])
+def test_check_for_spiky_loss_tells_a_fault_of_the_device_from_one_of_the_data(tiny_data, tmp_path, times, verdict):
+    """It looks from the hundredth microbatch of each step on; a spike that comes again when computed again is no fault of the device."""
+    first = 4 * 51 + 3  # of the dense step of iteration 52
+    fault = "output = output * 100" if times == "always" else f"output = output * 100 if count == {first} else output"
+    result = run_faulty(tiny_data, tmp_path, first, fault, "--train-iters", 52, "--check-for-spiky-loss", *NO_EVALUATION)
+    assert result.returncode == 0, result.stderr[-3000:]
+    log = result.stdout + result.stderr
+    assert "message='Spiky loss'" in log and verdict in log
+    assert ("Possible transient error" in log) == (times == "once")
+
+
 def test_a_run_without_progress_shows_its_stacks_and_ends(tiny_data, tmp_path):
     result = run_faulty(tiny_data, tmp_path, 5, "time.sleep(1000)", "--train-iters", 3, "--rat-hang-timeout-in-mins", "0.05")
     assert result.returncode == 1
@@ -178,3 +214,12 @@ def test_a_falling_noisy_loss_does_not_jump(noise):
     assert all(track.jumped_from(value) is None for value in values)
     assert track.jumped_from(float("nan")) is None
     assert track.jumped_from(values[-1] + 1.0) is not None and track.jumped_from(values[-1] + 1.0) is not None
+
+
+def test_infinity_hides_no_later_jump():
+    track = _Track()
+    for value in (float("inf"), float("nan"), *[2.0 + index % 2 / 100 for index in range(60)]):
+        assert track.jumped_from(value) is None  # while there is nothing to compare with
+    assert track.jumped_from(float("inf")) == pytest.approx(2.0, abs=0.02)
+    assert track.jumped_from(-float("inf")) is None
+    assert track.jumped_from(9.0) == pytest.approx(2.0, abs=0.02)

@@ -25,6 +25,29 @@ def test_report_keeps_what_was_measured(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "report.json").read_text())["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_null_for_those_who_read_it(tmp_path, monkeypatch, capsys, value):
+    from rat_megatron.convert.model_card import measured_losses
+    from rat_megatron.training.monitoring import metrics
+    from rat_megatron.training.monitoring.comparison import compare_runs
+    from tests.converting import megatron_args
+
+    args = megatron_args(global_batch_size=4, consumed_train_samples=12, rat_pattern="d16")
+    monkeypatch.setattr(metrics, "get_args", lambda: args)
+    run = metrics.RunMetrics(tmp_path / "run")
+    run.iteration, run.validation_set = 3, "code"
+    run.add_loss("d16", value)
+    run.add_loss("dense", 2.0)
+    assert capsys.readouterr().out == f"rat-megatron: the validation loss on code under d16 is {value} at iteration 3\n"
+    content = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert content["validation_sets"] == {"code": {"d16": None, "dense": 2.0}}
+    assert measured_losses(tmp_path / "run" / "iter_0000003", args) == {"dense on code": 2.0}
+    compare_runs(tmp_path / "out", tmp_path / "run", adapted=[tmp_path / "run"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "d16" in line]
+    assert row.count("not finite") == 2
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["validation_sets"]["code"]["patterns"]["d16"]["adapted"] is None
+
+
 @pytest.fixture
 def arguments_1_5b(monkeypatch):
     """Validated arguments of the 1.5B baseline, dense, without active recurrence learning."""

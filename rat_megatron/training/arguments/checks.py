@@ -69,6 +69,10 @@ def _check_features(args: Namespace) -> None:
         raise UserError("--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size above 1: give both, or leave it out")
     if args.tp_comm_overlap and args.transformer_impl == "local":
         raise UserError("--tp-comm-overlap overlaps inside Transformer Engine's layers, which this run does not have: leave it out")
+    if args.init_model_with_meta_device and not (args.use_megatron_fsdp or args.use_torch_fsdp2):
+        raise UserError("--init-model-with-meta-device gives weights no values but with Megatron's FSDP: leave it out")
+    if args.rerun_mode == "report_stats":  # the parser's word for what is called report_determinism_stats inside
+        raise UserError("--rerun-mode report_stats is not known to Megatron itself: give validate_results or disabled")
     if args.rampup_batch_size or args.step_batch_size_schedule:
         raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
     if args.dataloader_type != "external" or args.mock_data:

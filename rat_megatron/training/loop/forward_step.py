@@ -46,17 +46,17 @@ def loss_func(loss_mask: torch.Tensor, sample_ids: torch.Tensor | None, name: st
     num_tokens = loss_mask.sum().to(torch.int)
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     if args.check_for_nan_in_loss_and_grad:
-        get_rerun_state_machine().validate_result(
-            result=loss,
-            rejection_func=torch.isnan if sample_ids is None else is_nan_noted(sample_ids),
-            message="found NaN in local forward loss calculation",
-            tolerance=0.0,
-            fatal=True,
-        )
+        is_nan = torch.isnan if sample_ids is None else is_nan_noted(sample_ids)
+        if torch.is_grad_enabled():
+            get_rerun_state_machine().validate_result(
+                result=loss, rejection_func=is_nan, message="found NaN in local forward loss calculation", tolerance=0.0, fatal=True
+            )
+        else:  # noted; the rerun state machine, which computes training steps again, would end an evaluation with a traceback
+            is_nan(loss)
     if args.check_for_spiky_loss:
         rerun_machine = get_rerun_state_machine()
         rerun_machine.validate_result(
-            result=loss,
+            result=loss.detach().clone(),  # Megatron divides the loss in place, and would find that another one than it kept
             rejection_func=partial(rerun_machine.is_unexpectedly_large, threshold=_SPIKE, context=name),
             message="Spiky loss",
             tolerance=0.0,

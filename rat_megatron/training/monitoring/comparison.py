@@ -53,9 +53,15 @@ def _print(comparison: dict[str, Any], name: str) -> None:
     for column in ("pattern", "RAT+ pretrained", "RAT+ adapted", "baseline pretrained", "baseline adapted"):
         table.add_column(column, justify="left" if column == "pattern" else "right")
     for word, losses in comparison["patterns"].items():
-        cells = [part.get(stage) for part in (losses, comparison["baseline"].get(word, {})) for stage in ("pretrained", "adapted")]
-        table.add_row(word, *(f"{cell:.3f}" if cell is not None else "-" for cell in cells))
+        parts = (losses, comparison["baseline"].get(word, {}))
+        table.add_row(word, *(_cell(part, stage) for part in parts for stage in ("pretrained", "adapted")))
     Console().print(table)
+
+
+def _cell(losses: dict[str, float | None], stage: str) -> str:
+    if stage not in losses:
+        return "-"
+    return "not finite" if losses[stage] is None else f"{losses[stage]:.3f}"
 
 
 def _read(run: Path) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def _plot(comparison: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(1.6 + 1.4 * len(words), 4))
     for name, table, color in (("RAT+", comparison["patterns"], "tab:blue"), ("baseline", comparison["baseline"], "tab:orange")):
         for stage, line, marker in (("pretrained", ":", "o"), ("adapted", "-", "s")):
-            points = [(index, table[word][stage]) for index, word in enumerate(words) if stage in table.get(word, {})]
+            points = [(index, table[word][stage]) for index, word in enumerate(words) if table.get(word, {}).get(stage) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), line, marker=marker, color=color, label=f"{name}, {stage}")
     axes.set_xticks(range(len(words)), words)

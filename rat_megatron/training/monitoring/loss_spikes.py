@@ -58,7 +58,7 @@ def noting_spikes(train_step: Callable) -> Callable:
                 continue
             loss, iteration = float(loss), get_args().curr_iteration + 1
             if (mean := tracks.setdefault(name, _Track()).jumped_from(loss)) is not None:
-                facts = {"loss": loss, "running_mean": mean}
+                facts = {"loss": loss if math.isfinite(loss) else str(loss), "running_mean": mean}
                 if _note_batch("jump", name, iteration, data_iterator, **facts):
                     print(f"rat-megatron: {name} jumped from {mean:.4f} to {loss:.4f} at iteration {iteration}", flush=True)
         return result
@@ -78,7 +78,7 @@ def _end_unless_finite(values: dict[str, Any], data_iterator: Any) -> None:
             raise RuntimeError(f"found {float(value)} in {name} of iteration {iteration}: see {FOLDER_NAME}/ beside the checkpoints")
 
 
-def _note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **facts: float) -> bool:
+def _note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **facts: float | str) -> bool:
     """Notes the samples of the whole global batch; returns whether this is the one rank of the last stage that wrote them."""
     ids = [number for it in unwrap_iterators(data_iterator)[:1] for number in it.sample_ids()]
     every: list = [None] * mpu.get_data_parallel_world_size()
@@ -97,9 +97,9 @@ class _Track:
         self._seen, self._mean, self._variance = 0, 0.0, 0.0
 
     def jumped_from(self, loss: float) -> float | None:
-        """The running mean, if ``loss`` lies far above it. A NaN changes nothing."""
-        if math.isnan(loss):
-            return None
+        """The running mean, if ``loss`` lies far above it, as infinity does. What is not finite changes nothing."""
+        if not math.isfinite(loss):
+            return self._mean if loss > 0 and self._seen >= _WARM_UP else None
         deviation = loss - self._mean
         far = self._seen >= _WARM_UP and deviation > _DEVIATIONS * math.sqrt(self._variance)
         mean = self._mean if far else None
@@ -112,7 +112,7 @@ class _Track:
         return mean
 
 
-def _note(name: str, iteration: int, reason: str, sample_ids: list[int], **facts: float) -> None:
+def _note(name: str, iteration: int, reason: str, sample_ids: list[int], **facts: float | str) -> None:
     args = get_args()
     if not args.save:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -22,9 +23,9 @@ class RunMetrics:
     """The latest validation loss of every pattern, on every validation set, and the training speed.
 
     ``report.json`` holds ``{"iteration", "consumed_samples", "pattern", "recurrence", "patterns": {word: validation loss},
-    "tokens_per_second"}``; with several validation sets, ``"validation_sets": {name: {word: loss}}`` in the place of ``"patterns"``. The
-    speed is that of the median of the last 100 iterations; each token of a batch counts once, also where active recurrence learning uses it
-    twice; it is null where nothing was trained.
+    "tokens_per_second"}``; with several validation sets, ``"validation_sets": {name: {word: loss}}`` in the place of ``"patterns"``. A loss
+    that is not finite is null. The speed is that of the median of the last 100 iterations; each token of a batch counts once, also where
+    active recurrence learning uses it twice; it is null where nothing was trained.
     """
 
     def __init__(self, folder: Path | None):
@@ -35,9 +36,14 @@ class RunMetrics:
         self.validation_set = ONE_SET
 
     def add_loss(self, pattern: str, loss: float) -> None:
-        """Notes one pattern's loss on the current validation set and writes it all."""
+        """Notes one pattern's loss on the current validation set and writes it all; one that is not finite is logged."""
         self._losses.setdefault(self.validation_set, {})[pattern] = loss
-        if self._folder is not None and _holds_losses():
+        if not _holds_losses():
+            return
+        if not math.isfinite(loss):
+            on = f" on {self.validation_set}" if self.validation_set else ""
+            print(f"rat-megatron: the validation loss{on} under {pattern} is {loss} at iteration {self.iteration}", flush=True)
+        if self._folder is not None:
             self._write()
 
     def timed(self, train_step: Callable) -> Callable:
