@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
+from rat_megatron.checkpoint.torch_dist import find_iteration
+from rat_megatron.training.patches import Patch, applied
 from tests.distributed.layouts import tensors, train
 
 TP2, PP2, CP2 = (["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--context-parallel-size", "2"])
@@ -20,6 +28,30 @@ CHAIN = {
 }
 
 
+@contextmanager
+def _megatrons_own() -> Iterator[None]:
+    """The optimizer's state as Megatron reads and writes it: the format is the same."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as owner
+
+    from rat_megatron.checkpoint import optimizer_rows
+
+    names = {"sharded_rows": "sharded_param_state_fully_reshardable", "load_rows": "load_parameter_state_from_fully_reshardable"}
+    with applied([Patch(optimizer_rows, name, lambda _, own=own: getattr(owner, own), "To compare.") for name, own in names.items()]):
+        yield
+
+
+def _optimizer_elements(checkpoint: Path) -> Counter[str]:
+    """Elements of the optimizer's state in the files of each rank."""
+    folder = find_iteration(checkpoint)
+    metadata = FileSystemReader(folder).read_metadata()
+    found: Counter[str] = Counter()
+    for index, place in metadata.storage_data.items():
+        if index.fqn.startswith("optimizer.state."):
+            chunks = {chunk.offsets: chunk.sizes for chunk in metadata.state_dict_metadata[index.fqn].chunks}
+            found[place.relative_path.split("_")[2]] += chunks[index.offset].numel()
+    return found
+
+
 def test_checkpoints_move_between_layouts(ranks, data):
     folder = ranks / "resharding"  # test_layouts.py has folders of the same names
     run = ["--data-path", data, "--rat-arl-pattern", "d8", "--lr-decay-iters", 8, "--group-query-attention", "--num-query-groups", 2]
@@ -29,9 +61,15 @@ def test_checkpoints_move_between_layouts(ranks, data):
     last = train(folder / "tp2+pp2", *run, *start, *TP2, *PP2, "--train-iters", 4)
     written = tensors(last.checkpoint)
     assert sum(name.startswith("optimizer.state.exp_avg") for name in written) > 10
-    for name, flags in [*CHAIN.items(), ("one rank", [])]:
+    for name, flags in [*CHAIN.items(), ("megatron", CP2), ("one rank", [])]:
         # At its last iteration already: loads, and writes what it loaded.
-        last = train(folder / f"again {name}", *run, *flags, "--load", last.checkpoint, "--train-iters", 4, alone=name == "one rank")
+        with _megatrons_own() if name == "megatron" else nullcontext():
+            last = train(folder / f"again {name}", *run, *flags, "--load", last.checkpoint, "--train-iters", 4, alone=name == "one rank")
+        if name in ("dp4", "cp2+dp2"):
+            written_by_rank = _optimizer_elements(last.checkpoint)
+            assert len(written_by_rank) == 4
+            share = sum(written_by_rank.values()) / 4
+            assert all(abs(elements / share - 1) < 0.1 for elements in written_by_rank.values()), written_by_rank
         again = tensors(last.checkpoint)
         assert again.keys() == written.keys()
         different = [key for key, tensor in written.items() if not torch.equal(tensor, again[key])]

@@ -172,25 +172,14 @@ def test_megatron_and_torch_still_load_what_is_no_tensor_as_they_did():
     assert "weights_only=False" in _source(DefaultLoadPlanner.load_bytes) and MCoreLoadPlanner.load_bytes is DefaultLoadPlanner.load_bytes
 
 
-def test_padding_goes_back_between_buckets():
-    from rat_megatron.training.patches.optimizer import with_padding
-
-    buckets = [Namespace(offset=0, numel_unpadded=3), Namespace(offset=5, numel_unpadded=2)]
-    state = {"buckets_coalesced": True, 0: {"dtype": {"param": torch.arange(1.0, 6.0), "numel_unpadded": 5}}}
-    padded = with_padding(state, [Namespace(buckets=buckets, numel=8)])
-    assert padded[0]["dtype"]["param"].tolist() == [1, 2, 3, 0, 0, 4, 5, 0]
-    assert with_padding(None, []) is None
-
-
 def test_main_params_are_saved_whole_and_kept_in_halves():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from rat_megatron.training.patches.optimizer import join, split, with_main_params_split, with_whole_main_params
 
-    # Remainders would pass through these as they are: into a buffer of fp32, and back into set_scaled_state(), which wants int16.
+    # Remainders would pass through these as they are: into a checkpoint of fp32, and back into set_scaled_state(), which wants int16.
     for method in ("_get_main_param_and_optimizer_states", "_set_main_param_and_optimizer_states"):
         assert "master_param" in _source(getattr(DistributedOptimizer, method))
-    assert 'dtype=torch.float32, device="cpu"' in _source(DistributedOptimizer.get_parameter_state_dp_zero)
 
     main = torch.cat([torch.randn(5000), torch.randn(1000) * 1e-30, torch.tensor([0.0, -0.0, 1.0, -1.0])])
     main = main[main.view(torch.int32) % 2**16 != 2**15]  # in the middle between two bf16 numbers: below

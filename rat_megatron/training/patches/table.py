@@ -170,8 +170,8 @@ def _optimizer() -> list[Patch]:
         *(
             Patch(
                 owner, name, make,
-                "Fully reshardable checkpoints gather the whole optimizer on every rank before anything is written, and take parameters from "
-                "the wrong places once a bucket of the buffer has had to be padded: moments and master weights would be lost silently.",
+                "Fully reshardable checkpoints gather the whole optimizer on every rank before anything is written, and take parameters "
+                "from the wrong places once a bucket of the buffer has had to be padded: moments and master weights would be lost.",
             )
             for name, make in (
                 ("sharded_param_state_fully_reshardable", lambda _: optimizer_rows.sharded_rows),
