@@ -104,9 +104,9 @@ def _exchange(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
     takes = [[piece for piece in pieces if piece.owner == rank and piece.source == other] for other in range(ranks)]
     given = [part for row in gives for piece in row for part in elements(piece)]
     sent = torch.cat(given) if given else torch.empty(0, dtype=torch.float32, device=device)
-    sizes = [[sum(piece.end - piece.start for piece in row) * len(names) for row in rows] for rows in (takes, gives)]
-    received = torch.empty(sum(sizes[0]), dtype=torch.float32, device=device)
-    torch.distributed.all_to_all_single(received, sent, *sizes, group=group)
+    coming, going = ([len(names) * sum(piece.end - piece.start for piece in row) for row in rows] for rows in (takes, gives))
+    received = torch.empty(sum(coming), dtype=torch.float32, device=device)
+    torch.distributed.all_to_all_single(received, sent, coming, going, group=group)
     found: dict[Tensor, dict[str, list[Tensor]]] = {}
     position = 0
     for piece in (piece for row in takes for piece in row):  # by rank, so that a row's pieces come in order
@@ -120,7 +120,7 @@ def _exchange(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
 def shared_pieces(param: Tensor, ranges: dict[int, tuple[int, int]]) -> Iterator[Piece]:
     """What every rank but a row's owner has of it; ``ranges`` are the elements [start, end) of each rank, one after the other."""
     width = _width(param)
-    owners = {}  # row -> rank, of rows that more than one rank has
+    owners: dict[int, int] = {}  # row -> rank, of rows that more than one rank has
     for rank, (start, end) in sorted(ranges.items()):
         if start % width and start // width in owners:  # the end of a row that began on another rank
             yield Piece(param, start, min(end, (start // width + 1) * width), rank, owners[start // width])
