@@ -1,12 +1,11 @@
 """RAT+ as a Transformers model: attention over keys and values that a gated recurrence has smoothed along the sequence.
 
 Source: arXiv 2602.18196 (the layer, dilated attention with window and sinks, hybrids, top-k blocks). This file needs only those
-beside it (configuration, attention, cache, rotary, pattern), and runs on transformers 4.57 and 5.
+beside it (configuration, attention, cache, checks, rotary, pattern), and runs on transformers 4.57 and 5.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -19,17 +18,12 @@ from transformers.utils import can_return_tuple
 
 from .attention_ratplus import Tokens, attend, head_sets
 from .cache_ratplus import CACHE_NAME, RatPlusCache
+from .checks_ratplus import LOSS_ARGUMENTS, check_generated_length, check_lengths, refuse_restarts, refuse_unknown
 from .configuration_ratplus import RatPlusConfig
 from .pattern import AttentionPattern, LayerPattern
-from .rotary_ratplus import rotary_tables, wide
+from .rotary_ratplus import no_autocast, rotary_tables, wide
 
-_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what Trainer and the loss functions pass on
 _OF_GENERATE = ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer")  # generate() passes them on, forward has no use
-_PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # how Transformers and TRL mark packed documents
-_ONE_ROW_EACH = (
-    "packed documents are not supported and would be mixed: give each document a row of its own, padded (in TRL: packing=False, "
-    "padding_free=False)"
-)
 
 
 class RatPlusAttention(nn.Module):
@@ -63,7 +57,7 @@ class RatPlusAttention(nn.Module):
         )  # [b, t, np * hn] -> [b, np, t, hn]
         dtype, tokens, scores = q.dtype, tokens.to(q.device), self.config.block_scores
         sets = head_sets(pattern, q.shape[1], k.shape[1])
-        with _no_autocast(q.device):  # everything here says in which precision it computes
+        with no_autocast(q.device):  # everything here says in which precision it computes
             caches = [None] * len(sets)
             if past_key_values is not None:
                 heads, keys = [each.head for each in sets], [k[:, each.groups] for each in sets]
@@ -181,7 +175,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
         Transformers calls past_key_values since 5.24. Raises ValueError for input that does not fit, an empty prompt and more tokens
         than config.max_position_embeddings among it, for packed documents, and for arguments that it does not know.
         """
-        _refuse_unknown(kwargs)
+        refuse_unknown(kwargs)
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -201,7 +195,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
 
         pattern = self.attention_pattern if attention_pattern is None else self.config.parse_pattern(attention_pattern)
         columns = 0 if past_key_values is None else past_key_values.get_seq_length()
-        self._check_lengths(hidden_states, columns, attention_mask, past_key_values)
+        check_lengths(hidden_states, columns, attention_mask, past_key_values, self.config.max_position_embeddings)
         if past_key_values is not None:
             past_key_values.begin(hidden_states, pattern, self.config)
 
@@ -214,7 +208,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
         tokens = _count_tokens(hidden_states, columns, attention_mask, past_key_values)
         if position_ids is not None:
             position_ids = position_ids.to(hidden_states.device)
-            _refuse_restarts(position_ids, tokens)
+            refuse_restarts(position_ids, tokens)
         else:  # where nothing came before, one table serves all rows
             position_ids = tokens.positions if columns else tokens.positions[:1]
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
@@ -236,61 +230,6 @@ class RatPlusModel(RatPlusPreTrainedModel):
             **{CACHE_NAME: past_key_values},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
         )
-
-    def _check_lengths(self, x: torch.Tensor, columns: int, attention_mask: torch.Tensor | None, past: RatPlusCache | None) -> None:
-        batch, length = x.shape[:2]
-        total, limit = columns + length, self.config.max_position_embeddings
-        if length == 0:
-            raise ValueError("the prompt is empty: give at least one token")
-        if attention_mask is not None and attention_mask.shape != (batch, total):
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask has shape {shape}, but [batch, cached + new tokens] is {(batch, total)}")
-        if attention_mask is not None and attention_mask.dtype != torch.bool and length > 1 and not _is_recorded():
-            if ((attention_mask != 0) & (attention_mask != 1)).any():
-                raise ValueError(f"attention_mask holds more than 0 and 1; {_ONE_ROW_EACH}")
-        if total > limit and not _is_recorded():  # padding takes no position
-            if attention_mask is not None:
-                total = int((attention_mask != 0).sum(dim=1).max())
-            elif past is not None and past.lengths is not None:
-                total = int(past.lengths.max()) + length
-            if total > limit:
-                raise ValueError(
-                    f"{total} tokens are more than max_position_embeddings, {limit}: shorten the prompt or raise it in the config"
-                )
-
-
-def _is_recorded() -> bool:
-    """Whether torch.compile or a CUDA graph records the calls, so that no value may be asked for."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def _no_autocast(device: torch.device):
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _refuse_unknown(arguments: dict, known: tuple[str, ...] = ()) -> None:
-    """Raises ValueError for arguments of forward that nobody reads, unless they are None."""
-    names = [name for name, value in arguments.items() if value is not None and name not in known]
-    if packed := [name for name in names if name in _PACKED]:
-        raise ValueError(f"{', '.join(packed)}: {_ONE_ROW_EACH}")
-    if names:
-        hint = " (make the tokenizer leave it out: model_input_names)" if "token_type_ids" in names else ""
-        raise ValueError(f"forward() does not know {', '.join(names)}: correct the name or leave it out{hint}")
-
-
-def _refuse_restarts(position_ids: torch.Tensor, tokens: Tokens) -> None:
-    """Raises ValueError where positions [b or 1, t] do not rise from one real token to the next: another document begins there.
-
-    Looks at several tokens at once only, so that decoding does not wait for the device.
-    """
-    if tokens.length == 1 or _is_recorded():
-        return
-    position_ids = position_ids.expand(len(tokens.before), -1)
-    falls = torch.cat([position_ids[:, :1] < tokens.before[:, None], position_ids[:, 1:] <= position_ids[:, :-1]], dim=1)
-    if (falls if tokens.real is None else falls & tokens.real).any():
-        raise ValueError(f"position_ids start again within a row; {_ONE_ROW_EACH}")
 
 
 def _in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -340,7 +279,7 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
 
         The other arguments are RatPlusModel.forward's, and what the loss function takes. Labels are shifted here; -100 is ignored.
         """
-        _refuse_unknown(kwargs, _LOSS_ARGUMENTS)
+        refuse_unknown(kwargs, LOSS_ARGUMENTS)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -380,7 +319,7 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         """
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation '{generation_config.cache_implementation}' does not apply: RAT+ has a cache of its own")
-        self._check_generated_length(model_kwargs.get("attention_mask"), max_cache_length)
+        check_generated_length(model_kwargs.get("attention_mask"), max_cache_length, self.config.max_position_embeddings)
         if (word := getattr(generation_config, "attention_pattern", None)) is not None:
             model_kwargs["attention_pattern"] = word
         given = model_kwargs.get(CACHE_NAME)
@@ -388,14 +327,3 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
             given._is_user_defined = True  # as Transformers does: the caller goes on with it, so it may hold no token too many
         elif given is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = RatPlusCache(max_cache_length)
-
-    def _check_generated_length(self, attention_mask: torch.Tensor | None, columns: int) -> None:
-        """Raises ValueError when ``columns``, all that will be read, hold too many real tokens. The mask [b, prompt] says which are."""
-        limit, padding = self.config.max_position_embeddings, 0
-        if columns > limit and attention_mask is not None:
-            padding = int((attention_mask == 0).sum(dim=1).min())
-        if columns - padding > limit:
-            raise ValueError(
-                f"the prompt and max_new_tokens (or max_length) make {columns - padding + 1} tokens, but the model reads up to {limit} "
-                "(max_position_embeddings): shorten one of them"
-            )
