@@ -1,7 +1,7 @@
-"""RAT+ as a Transformers model: attention over keys and values that a gated recurrence has smoothed along the sequence.
+"""RAT+ as a Transformers model, with its heads: next tokens, one label a sequence, one label a token.
 
 Source: arXiv 2602.18196 (the layer, dilated attention with window and sinks, hybrids, top-k blocks). This file needs only those
-beside it (configuration, attention, cache, checks, rotary, pattern), and runs on transformers 4.57 and 5.
+beside it (layers, attention, cache, checks, configuration, rotary, pattern), and runs on transformers 4.57 and 5.
 """
 
 from __future__ import annotations
@@ -11,101 +11,23 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 
-from .attention_ratplus import Tokens, attend, head_sets
+from .attention_ratplus import Tokens
 from .cache_ratplus import CACHE_NAME, RatPlusCache
 from .checks_ratplus import LOSS_ARGUMENTS, check_generated_length, check_lengths, refuse_restarts, refuse_unknown
 from .configuration_ratplus import RatPlusConfig
-from .pattern import AttentionPattern, LayerPattern
-from .rotary_ratplus import no_autocast, rotary_tables, wide
+from .layers_ratplus import RatPlusDecoderLayer
+from .pattern import AttentionPattern
+from .rotary_ratplus import rotary_tables
 
 _OF_GENERATE = ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer")  # generate() passes them on, forward has no use
-
-
-class RatPlusAttention(nn.Module):
-    """Recurrence on keys and values, RoPE, softmax attention under the layer's pattern, output gate."""
-
-    def __init__(self, config: RatPlusConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.config = config
-        self.head_dim = config.head_dim
-        query_width, key_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.output_gate_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.forget_gate_proj = nn.Linear(config.hidden_size, key_width, bias=False) if config.use_recurrence else None
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        tokens: Tokens,
-        pattern: LayerPattern,
-        past_key_values: RatPlusCache | None,
-    ) -> torch.Tensor:
-        """hidden_states [b, t, h] -> [b, t, h], real tokens first in every row."""
-        q, k, v, f = (
-            None if projection is None else projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.forget_gate_proj)
-        )  # [b, t, np * hn] -> [b, np, t, hn]
-        dtype, tokens, scores = q.dtype, tokens.to(q.device), self.config.block_scores
-        sets = head_sets(pattern, q.shape[1], k.shape[1])
-        with no_autocast(q.device):  # everything here says in which precision it computes
-            caches = [None] * len(sets)
-            if past_key_values is not None:
-                heads, keys = [each.head for each in sets], [k[:, each.groups] for each in sets]
-                caches = past_key_values.heads(self.layer_idx, heads, keys, scores)
-                kept = caches[0].k.dtype  # another one than the projections' where autocast has begun or ended since
-                q, k, v, f = (None if x is None else x.to(kept) for x in (q, k, v, f))
-            outputs = [
-                attend(
-                    q[:, each.queries], None if f is None else f[:, each.groups], k[:, each.groups], v[:, each.groups],
-                    rotary, each.head, tokens, cache, scores,
-                )
-                for each, cache in zip(sets, caches, strict=True)
-            ]  # fmt: skip
-        out = outputs[0]
-        if len(sets) > 1:
-            out = torch.empty_like(q)
-            for each, part in zip(sets, outputs, strict=True):
-                out[:, each.queries] = part
-        out = out.transpose(1, 2).flatten(2)  # [b, t, np * hn]
-        gate = torch.sigmoid(wide(self.output_gate_proj(hidden_states)))
-        return self.o_proj((out * gate).to(dtype))
-
-
-class RatPlusMLP(nn.Module):
-    """Up-projection, exact GELU, down-projection; not gated."""
-
-    def __init__(self, config: RatPlusConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
-
-
-class RatPlusDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: RatPlusConfig, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = RatPlusAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = RatPlusMLP(config)
-
-    def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> torch.Tensor:
-        """hidden_states [b, t, h] -> [b, t, h]; attention_kwargs as RatPlusAttention.forward takes them."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class RatPlusPreTrainedModel(PreTrainedModel):
@@ -327,3 +249,116 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
             given._is_user_defined = True  # as Transformers does: the caller goes on with it, so it may hold no token too many
         elif given is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = RatPlusCache(max_cache_length)
+
+
+class RatPlusForSequenceClassification(RatPlusPreTrainedModel):
+    """One label a row, from its last real token: the only one that has seen all of it.
+
+    Not Transformers' generic class: that finds padding by its id, and so reads a text that ends with the end-of-text token one token too
+    early where that token pads too; and it builds the body through AutoModel, which a folder loaded with trust_remote_code may not.
+    """
+
+    accepts_loss_kwargs = False  # Trainer then divides by the steps it accumulates over: every row has one label
+
+    def __init__(self, config: RatPlusConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RatPlusModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RatPlusCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        cache: RatPlusCache | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits [b, num_labels], and with labels [b] ([b, num_labels] of several labels a row) the loss that config.problem_type names.
+
+        Padding may stand on either side and is what attention_mask says; without one, what config.pad_token_id says of input_ids.
+        The other arguments are RatPlusModel.forward's.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cache=cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = _last_real(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
+        logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RatPlusForTokenClassification(RatPlusPreTrainedModel):
+    """One label a token. Attention is causal: a token's label follows from it and those before it."""
+
+    def __init__(self, config: RatPlusConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RatPlusModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Logits [b, t, num_labels], and with labels [b, t] the loss; -100 is ignored.
+
+        The other arguments are RatPlusModel.forward's, and what the loss function takes.
+        """
+        of_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **of_loss)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+
+def _last_real(x: torch.Tensor, input_ids: torch.Tensor | None, mask: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
+    """The column [b] of each row's last real token among x [b, t, h], whose mask [b, s] may begin with cached tokens."""
+    if mask is not None:
+        real = mask[:, -x.shape[1] :] != 0
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids != pad_token_id
+    else:
+        return torch.full((len(x),), x.shape[1] - 1, device=x.device)
+    column = torch.arange(x.shape[1], device=x.device)
+    return (column * real.to(x.device)).argmax(dim=1)
