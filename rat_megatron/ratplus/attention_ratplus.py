@@ -91,14 +91,22 @@ def attend(q, f, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores:
     """
     if f is not None and tokens.real is not None:
         f = f.masked_fill(~tokens.real[:, None, :, None], torch.inf)  # padding leaves the state as it is
+    past = None if cache is None else cache.past
     if kernels is not None and f is not None and cache is not None and q.shape[2] == 1 and kernels.can_decode(q, cache):
+        if past is not None:
+            past.note(cache, cache.state[:, :, :, None], k, v, tokens)  # of k and v a single token's notes need the shape only
         return kernels.decode(q, f, k, v, rotary, cache, tokens.before)
-    if f is not None:
-        k, v, state = recur(f, k, v, rotary, None if cache is None else cache.state.clone())
-        if cache is not None:
-            cache.state.copy_(state.detach())
-    else:
+    states = None if cache is None else cache.state.clone()[:, :, :, None]
+    if f is None:
         k = apply_rotary(k, *rotary)
+    elif past is None:
+        k, v, state = recur(f, k, v, rotary, None if cache is None else states[:, :, :, 0])
+    else:
+        k, v, state, states = _recur_stepwise(f, k, v, rotary, states[:, :, :, 0], past.columns(tokens))
+    if past is not None:
+        past.note(cache, states if f is not None else states.expand(-1, -1, -1, past.columns(tokens), -1), k, v, tokens)
+    if f is not None and cache is not None:
+        cache.state.copy_(state.detach())
     if cache is None:
         return _attend_alone(q, k, v, rotary, head, tokens, scores)
     whole = head.is_dense or torch.is_grad_enabled() or (kernels is not None and kernels.can_attend(q, head))
@@ -120,10 +128,29 @@ def recur(f, k, v, rotary, state: torch.Tensor | None) -> tuple[torch.Tensor, to
     """
     if kernels is not None and kernels.can_scan(k):
         return kernels.scan(f, k, v, rotary, state)
+    smoothed = _smooth(f, k, v, state)
+    return apply_rotary(smoothed[0].to(k.dtype), *rotary), smoothed[1].to(v.dtype), smoothed[..., -1, :]
+
+
+def _smooth(f, k, v, state: torch.Tensor | None) -> torch.Tensor:
+    """k and v after the recurrence, before RoPE, in fp32 (float64): [2, b, ng, t, hn]."""
     logits = wide(f)
     gate, keep = torch.sigmoid(logits), torch.sigmoid(-logits)  # 1 - gate would lose its digits where the gate is near 1
-    smoothed = gated_scan(gate, keep * wide(torch.stack([k, v])), None if state is None else state[:, :, :, None])
-    return apply_rotary(smoothed[0].to(k.dtype), *rotary), smoothed[1].to(v.dtype), smoothed[..., -1, :]
+    return gated_scan(gate, keep * wide(torch.stack([k, v])), None if state is None else state[:, :, :, None])
+
+
+def _recur_stepwise(f, k, v, rotary, state: torch.Tensor, last: int) -> tuple[torch.Tensor, ...]:
+    """As recur, and the states [2, b, ng, last, hn] before each of the last tokens, which no kernel gives."""
+    cut = k.shape[2] - last
+    parts = []
+    if cut:
+        early_k, early_v, state = recur(f[:, :, :cut], k[:, :, :cut], v[:, :, :cut], [table[:, :, :cut] for table in rotary], state)
+        parts.append((early_k, early_v))
+    smoothed = _smooth(f[:, :, cut:], k[:, :, cut:], v[:, :, cut:], state)
+    states = torch.cat([state[:, :, :, None], smoothed[:, :, :, :-1]], dim=3).detach()
+    parts.append((apply_rotary(smoothed[0].to(k.dtype), *(table[:, :, cut:] for table in rotary)), smoothed[1].to(v.dtype)))
+    k, v = (torch.cat(both, dim=2) for both in zip(*parts, strict=True))
+    return k, v, smoothed[..., -1, :], states
 
 
 def gated_scan(gate: torch.Tensor, update: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,11 +6,13 @@ beside it (layers, attention, cache, checks, configuration, rotary, pattern), an
 
 from __future__ import annotations
 
+import inspect
 from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -27,6 +29,7 @@ from .layers_ratplus import RatPlusDecoderLayer
 from .pattern import AttentionPattern
 from .rotary_ratplus import rotary_tables
 
+_READS_TWICE = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters  # 5.24, with any model
 _OF_GENERATE = ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer")  # generate() passes them on, forward has no use
 
 
@@ -37,7 +40,6 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar = ["RatPlusDecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
     _supports_sdpa = True
-    _is_stateful = True  # a cache can be cropped to some lengths only, so generate() refuses assisted decoding
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02) for every matrix, with no scaling by depth; norms 1."""
@@ -202,6 +204,9 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         The other arguments are RatPlusModel.forward's, and what the loss function takes. Labels are shifted here; -100 is ignored.
         """
         refuse_unknown(kwargs, LOSS_ARGUMENTS)
+        past = cache if past_key_values is None else past_key_values
+        if isinstance(past, RatPlusCache) and isinstance(logits_to_keep, int):
+            past.wanted = logits_to_keep  # after a prompt with candidates: theirs, some of which will be undone
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -239,9 +244,11 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
 
         This is where both versions of Transformers know the length, so what cannot end well is refused here, before any work.
         """
-        if generation_config.cache_implementation is not None:
+        of_assistant = getattr(generation_config, "is_assistant", False)  # before 5 that one is told which cache to make
+        if generation_config.cache_implementation is not None and not of_assistant:
             raise ValueError(f"cache_implementation '{generation_config.cache_implementation}' does not apply: RAT+ has a cache of its own")
         check_generated_length(model_kwargs.get("attention_mask"), max_cache_length, self.config.max_position_embeddings)
+        model_kwargs.pop("position_ids", None)  # Transformers' own, which it would hand on to an assistant
         if (word := getattr(generation_config, "attention_pattern", None)) is not None:
             model_kwargs["attention_pattern"] = word
         given = model_kwargs.get(CACHE_NAME)
@@ -249,6 +256,13 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
             given._is_user_defined = True  # as Transformers does: the caller goes on with it, so it may hold no token too many
         elif given is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = RatPlusCache(max_cache_length)
+        cache, assisted = model_kwargs.get(CACHE_NAME), generation_mode == GenerationMode.ASSISTED_GENERATION
+        if isinstance(cache, RatPlusCache):
+            if assisted and cache.get_seq_length() and _READS_TWICE:
+                raise ValueError(
+                    "with candidates this Transformers reads the tokens of a given cache again: leave out the cache or the candidates"
+                )
+            cache.record_past(assisted or of_assistant)
 
 
 class RatPlusForSequenceClassification(RatPlusPreTrainedModel):
