@@ -119,6 +119,15 @@ class HeadCache:
             self.blocks[0].scatter_reduce_(2, block, k, "amax")
             self.blocks[1].scatter_reduce_(2, block, k, "amin")
 
+    def in_order(self, k: torch.Tensor, v: torch.Tensor, tokens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [b, ng, s, hn] by position: what is kept of the tokens before, zeros elsewhere, and k, v [b, ng, t, hn]."""
+        length, slots = tokens.columns + k.shape[2], self.in_use(tokens.columns)
+        stored = self.head.slot_positions(slots, tokens.before)
+        position = torch.cat([torch.where(stored < 0, length, stored), tokens.positions], dim=1)
+        index = position[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        k, v = (torch.cat([kept[:, :, :slots], x], dim=2) for kept, x in ((self.k, k), (self.v, v)))
+        return tuple(x.new_zeros(*x.shape[:2], length + 1, x.shape[3]).scatter(2, index, x)[:, :, :length] for x in (k, v))
+
     def visible(self, slots: int, lengths: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Whether queries at positions [b, t] see the tokens in the first slots: [b, 1, t, slots], for rows of lengths [b] tokens.
 

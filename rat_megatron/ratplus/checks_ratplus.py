@@ -25,6 +25,15 @@ def refuse_unknown(arguments: dict, known: tuple[str, ...] = ()) -> None:
         raise ValueError(f"forward() does not know {', '.join(names)}: correct the name or leave it out{hint}")
 
 
+def refuse_fused(attn_implementation: str) -> None:
+    """Raises ValueError where attention runs fused: only eager attention has weights to show."""
+    if attn_implementation != "eager":
+        raise ValueError(
+            f"output_attentions is not possible with attn_implementation='{attn_implementation}', which never forms the weights: load the "
+            'model with attn_implementation="eager", or call set_attn_implementation("eager")'
+        )
+
+
 def check_lengths(x: torch.Tensor, columns: int, attention_mask: torch.Tensor | None, past: RatPlusCache | None, limit: int) -> None:
     """Raises ValueError unless x [b, t, h], after ``columns`` cached ones, fits its mask [b, columns + t] and the limit of positions."""
     batch, length = x.shape[:2]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_ratplus import Tokens, attend, head_sets
+from .attention_ratplus import HeadSet, Tokens, attend, head_sets
 from .cache_ratplus import RatPlusCache
 from .configuration_ratplus import RatPlusConfig
 from .pattern import LayerPattern
@@ -40,14 +40,16 @@ class RatPlusAttention(nn.Module):
         tokens: Tokens,
         pattern: LayerPattern,
         past_key_values: RatPlusCache | None,
-    ) -> torch.Tensor:
-        """hidden_states [b, t, h] -> [b, t, h], real tokens first in every row."""
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [b, t, h] -> [b, t, h], real tokens first in every row, and if wanted the weights [b, np, t, s], likewise."""
         q, k, v, f = (
             None if projection is None else projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.forget_gate_proj)
         )  # [b, t, np * hn] -> [b, np, t, hn]
         dtype, tokens, scores = q.dtype, tokens.to(q.device), self.config.block_scores
         sets = head_sets(pattern, q.shape[1], k.shape[1])
+        weights: list[torch.Tensor] | None = [] if output_attentions else None
         with no_autocast(q.device):  # everything here says in which precision it computes
             caches = [None] * len(sets)
             if past_key_values is not None:
@@ -58,18 +60,25 @@ class RatPlusAttention(nn.Module):
             outputs = [
                 attend(
                     q[:, each.queries], None if f is None else f[:, each.groups], k[:, each.groups], v[:, each.groups],
-                    rotary, each.head, tokens, cache, scores,
+                    rotary, each.head, tokens, cache, scores, weights,
                 )
                 for each, cache in zip(sets, caches, strict=True)
             ]  # fmt: skip
-        out = outputs[0]
-        if len(sets) > 1:
-            out = torch.empty_like(q)
-            for each, part in zip(sets, outputs, strict=True):
-                out[:, each.queries] = part
+        out, formed = _join_heads(sets, outputs), _join_heads(sets, weights) if output_attentions else None
         out = out.transpose(1, 2).flatten(2)  # [b, t, np * hn]
         gate = torch.sigmoid(wide(self.output_gate_proj(hidden_states)))
-        return self.o_proj((out * gate).to(dtype))
+        return self.o_proj((out * gate).to(dtype)), formed
+
+
+def _join_heads(sets: list[HeadSet], parts: list[torch.Tensor]) -> torch.Tensor:
+    """What the sets have for their query heads [b, some of np, ...], as one tensor [b, np, ...]."""
+    if len(sets) == 1:
+        return parts[0]
+    first = parts[0]
+    out = first.new_empty(len(first), sum(part.shape[1] for part in parts), *first.shape[2:])
+    for each, part in zip(sets, parts, strict=True):
+        out[:, each.queries] = part
+    return out
 
 
 class RatPlusMLP(nn.Module):
@@ -93,7 +102,8 @@ class RatPlusDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = RatPlusMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> torch.Tensor:
-        """hidden_states [b, t, h] -> [b, t, h]; attention_kwargs as RatPlusAttention.forward takes them."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [b, t, h] -> [b, t, h], and the attention weights; attention_kwargs as RatPlusAttention.forward takes them."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights

@@ -21,9 +21,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .attention_ratplus import Tokens
 from .cache_ratplus import CACHE_NAME, RatPlusCache
-from .checks_ratplus import LOSS_ARGUMENTS, check_generated_length, check_lengths, refuse_restarts, refuse_unknown
+from .checks_ratplus import LOSS_ARGUMENTS, check_generated_length, check_lengths, refuse_fused, refuse_restarts, refuse_unknown
+from .columns_ratplus import count_tokens, in_order, weights_in_columns
 from .configuration_ratplus import RatPlusConfig
 from .layers_ratplus import RatPlusDecoderLayer
 from .pattern import AttentionPattern
@@ -96,15 +96,19 @@ class RatPlusModel(RatPlusPreTrainedModel):
         seen, leaves the recurrent state alone and takes no position: the pattern counts real tokens. position_ids [b, t], which rise
         along a row, only replace the positions that RoPE uses. attention_pattern is this call's, in place of the model's. A cache is
         made when use_cache (default: config.use_cache, except in training); gradients do not flow through it. ``cache`` is what
-        Transformers calls past_key_values since 5.24. Raises ValueError for input that does not fit, an empty prompt and more tokens
-        than config.max_position_embeddings among it, for packed documents, and for arguments that it does not know.
+        Transformers calls past_key_values since 5.24. output_attentions (with attn_implementation="eager" only) adds each layer's weights
+        [b, np, t, s], cached tokens among the s: zero where the pattern does not look, at padding, and for padding.
+
+        Raises ValueError for input that does not fit, an empty prompt and more tokens than config.max_position_embeddings among it, for
+        packed documents, and for arguments that it does not know.
         """
         refuse_unknown(kwargs)
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions is not supported: attention runs fused and never forms its weights")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions:
+            refuse_fused(self.config._attn_implementation)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -127,9 +131,9 @@ class RatPlusModel(RatPlusPreTrainedModel):
         order = None
         if attention_mask is not None and hidden_states.shape[1] > 1:
             order = (attention_mask[:, columns:] == 0).to(hidden_states.device).int().argsort(dim=1, stable=True)
-            hidden_states = _in_order(hidden_states, order)
+            hidden_states = in_order(hidden_states, order)
             position_ids = position_ids if position_ids is None else position_ids.to(order.device).expand(order.shape).gather(1, order)
-        tokens = _count_tokens(hidden_states, columns, attention_mask, past_key_values)
+        tokens = count_tokens(hidden_states, columns, attention_mask, past_key_values)
         if position_ids is not None:
             position_ids = position_ids.to(hidden_states.device)
             refuse_restarts(position_ids, tokens)
@@ -141,34 +145,29 @@ class RatPlusModel(RatPlusPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         back = None if order is None else order.argsort(dim=1)
         all_hidden_states: tuple[torch.Tensor, ...] = ()
+        attentions: tuple[torch.Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
-                all_hidden_states += (_in_order(hidden_states, back),)
-            layer_pattern = pattern.layer(index)
-            hidden_states = layer(hidden_states, rotary=rotary, tokens=tokens, pattern=layer_pattern, past_key_values=past_key_values)
-        hidden_states = _in_order(self.norm(hidden_states), back)
+                all_hidden_states += (in_order(hidden_states, back),)
+            hidden_states, weights = layer(
+                hidden_states,
+                rotary=rotary,
+                tokens=tokens,
+                pattern=pattern.layer(index),
+                past_key_values=past_key_values,
+                output_attentions=output_attentions,
+            )
+            if output_attentions:
+                attentions += (weights_in_columns(weights, tokens, back, attention_mask, past_key_values),)
+        hidden_states = in_order(self.norm(hidden_states), back)
         if past_key_values is not None:
             past_key_values.end(tokens.length, tokens.counts, attention_mask)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
         )
-
-
-def _in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Columns of x [b, t, h] in the order [b, t], or as they are."""
-    return x if order is None else x.gather(1, order.to(x.device)[..., None].expand_as(x))
-
-
-def _count_tokens(x: torch.Tensor, columns: int, attention_mask: torch.Tensor | None, past: RatPlusCache | None) -> Tokens:
-    """Counts the tokens x [b, t, h], whose real ones come first."""
-    batch, length = x.shape[:2]
-    before = torch.zeros(batch, dtype=torch.long, device=x.device) if past is None else past.lengths.to(x.device)
-    if attention_mask is None:
-        return Tokens(before, torch.full_like(before, length), None, columns, length)
-    counts = (attention_mask[:, columns:] != 0).sum(dim=1).to(x.device)
-    return Tokens(before, counts, torch.arange(length, device=x.device) < counts[:, None], columns, length)
 
 
 class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
@@ -226,7 +225,11 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
