@@ -29,6 +29,10 @@ from .layers_ratplus import RatPlusDecoderLayer
 from .pattern import AttentionPattern
 from .rotary_ratplus import rotary_tables
 
+# Transformers 4 copies the files that this one names, and none that those name, from a folder that is loaded with trust_remote_code.
+from .attention_ratplus import Tokens  # noqa: F401, I001 isort:skip
+from .past_ratplus import RecentPast  # noqa: F401 isort:skip
+
 _READS_TWICE = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters  # 5.24, with any model
 _OF_GENERATE = ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer")  # generate() passes them on, forward has no use
 

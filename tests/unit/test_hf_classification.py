@@ -150,6 +150,8 @@ if {how == "saved"}:
     folder = "again"
 ids = torch.arange(34).view(2, 17)
 body = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).model(ids).last_hidden_state
+eager = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager")
+assert len(eager(ids, output_attentions=True).attentions) == 2
 for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
     model = auto.from_pretrained(folder, trust_remote_code=True, num_labels=3)
     hidden = body[:, -1] if "Sequence" in auto.__name__ else body
