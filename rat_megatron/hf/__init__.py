@@ -37,3 +37,11 @@ for _auto, _model in (
 ):
     _auto.register(RatPlusConfig, _model, exist_ok=True)
     _model.register_for_auto_class(_auto.__name__)  # save_pretrained then writes the code and its auto_map, for trust_remote_code=True
+
+# What `peft` adapts when a LoraConfig names no target_modules: the queries and values, as in its table for Llama and most others.
+try:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as _lora_targets
+except Exception:  # not installed, or one that does not go with this Transformers: no reason not to load the model
+    pass
+else:
+    _lora_targets.setdefault(RatPlusConfig.model_type, ["q_proj", "v_proj"])
