@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rat_megatron.hf import RatPlusCache
-from rat_megatron.ratplus.cache_ratplus import CACHE_NAME
+from rat_megatron.ratplus.cache_ratplus import CACHE_NAME, HeadCache
 from rat_megatron.ratplus.past_ratplus import LEAST
 from tests.unit.test_hf_generate import PATTERNS, VOCAB, pad, random_tokens
 from tests.unit.test_hf_generate import tiny_model as model_that_ends
@@ -194,8 +194,10 @@ def test_rows_with_notes_move_together():
 @torch.no_grad()
 @pytest.mark.parametrize("notes", [True, False])
 @pytest.mark.parametrize("pattern", ["dense", "d4w5", "d4k3"])
-def test_a_crop_computes_as_precisely_under_autocast(pattern, notes):
-    model, tokens = tiny_model(pattern), random_tokens(2, 17)
+def test_a_crop_leaves_autocast(pattern, notes, monkeypatch):
+    """What it computes is the same on a CPU, where autocast changes matrix products only: so where it computes is looked at, too."""
+    model, tokens, crop, inside = tiny_model(pattern), random_tokens(2, 17), HeadCache.crop, []
+    monkeypatch.setattr(HeadCache, "crop", lambda *given: inside.append(torch.is_autocast_enabled("cpu")) or crop(*given))
     caches = [RatPlusCache() for _ in range(2)]
     for autocast, cache in zip((False, True), caches, strict=True):
         if notes:
@@ -203,6 +205,7 @@ def test_a_crop_computes_as_precisely_under_autocast(pattern, notes):
         model(tokens, past_key_values=cache)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             cache.crop(16)
+    assert inside == [False] * 4
     for exact, cropped in zip(*(cache.layers for cache in caches), strict=True):
         for name in exact.heads[0].tensors:
             assert torch.equal(getattr(exact.heads[0], name), getattr(cropped.heads[0], name)), name
