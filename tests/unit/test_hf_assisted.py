@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from rat_megatron.hf import RatPlusCache
 from rat_megatron.ratplus.cache_ratplus import CACHE_NAME, HeadCache
@@ -221,3 +222,14 @@ def test_padding_that_a_later_call_does_not_repeat_is_remembered():
     assert cache.lengths.tolist() == [0, 4]
     logits = model(more, past_key_values=cache).logits
     torch.testing.assert_close(logits[0], model(more[:1]).logits[0], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_crop_by_zero_is_what_it_is_to_the_installed_transformers():
+    model, tokens, other = tiny_model("d4w2s1"), random_tokens(1, 9), DynamicCache()
+    cache = RatPlusCache()
+    model(tokens, past_key_values=cache)
+    other.update(torch.ones(1, 1, 9, 2), torch.ones(1, 1, 9, 2), 0)
+    for each in (cache, other):
+        each.crop(0)
+    assert cache.get_seq_length() == other.get_seq_length()
