@@ -107,7 +107,7 @@ def test_tokens_are_undone_after_kernels(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_assistants_write_what_greedy_search_writes(pattern):
     model, ids = model_on_gpu(pattern), random_tokens(1, 90).cuda()
-    run = {"do_sample": False, "max_new_tokens": 30}
+    run = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": 61}  # none of the vocabulary; prompt lookup must have one
     expected = model.generate(ids, **run)
     for helper in ({"assistant_model": model_on_gpu("d4")}, {"prompt_lookup_num_tokens": 5}):
         written = model.generate(ids, **helper, **run)[:, : expected.shape[1]]
