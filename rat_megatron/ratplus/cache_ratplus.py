@@ -213,6 +213,7 @@ class RatPlusCache(Cache):
         super().__init__(layers=[])
         self.max_length = max_length or 0
         self.recording, self.wanted = False, 0
+        self.word: str | None = None  # the pattern of a generate() call with candidates, which an assistant does not share
         self.reset()
 
     def reset(self) -> None:

@@ -51,6 +51,8 @@ def check_lengths(x: torch.Tensor, columns: int, attention_mask: torch.Tensor | 
             total = int((attention_mask != 0).sum(dim=1).max())
         elif past is not None and past.lengths is not None:
             total = int(past.lengths.max()) + length
+        if past is not None and past.recording:  # candidates may reach past the limit: what remains of them does not
+            total -= max(0, past.wanted - 1)
         if total > limit:
             raise ValueError(f"{total} tokens are more than max_position_embeddings, {limit}: shorten the prompt or raise it in the config")
 

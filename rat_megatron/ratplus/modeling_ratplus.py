@@ -125,6 +125,8 @@ class RatPlusModel(RatPlusPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, RatPlusCache):
             raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, but RAT+ needs a RatPlusCache (or none)")
 
+        if attention_pattern is None and past_key_values is not None:
+            attention_pattern = past_key_values.word
         pattern = self.attention_pattern if attention_pattern is None else self.config.parse_pattern(attention_pattern)
         columns = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_lengths(hidden_states, columns, attention_mask, past_key_values, self.config.max_position_embeddings)
@@ -241,6 +243,17 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         return {name: value for name, value in inputs.items() if name not in _OF_GENERATE}
 
+    def _assisted_decoding(self, *args, **model_kwargs):
+        """Keeps this call's pattern from the assistant, which Transformers gives all arguments of this model's forward."""
+        cache, word = model_kwargs.get(CACHE_NAME), model_kwargs.pop("attention_pattern", None)
+        if word is None or cache is None:
+            return super()._assisted_decoding(*args, **model_kwargs)
+        cache.word = word
+        try:
+            return super()._assisted_decoding(*args, **model_kwargs)
+        finally:
+            cache.word = None
+
     def _validate_model_kwargs(self, model_kwargs: dict) -> None:
         if model_kwargs.get("position_ids") is not None:
             raise ValueError("generate() counts positions itself, padding left out: give it no position_ids")
@@ -256,7 +269,8 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation '{generation_config.cache_implementation}' does not apply: RAT+ has a cache of its own")
         check_generated_length(model_kwargs.get("attention_mask"), max_cache_length, self.config.max_position_embeddings)
         model_kwargs.pop("position_ids", None)  # Transformers' own, which it would hand on to an assistant
-        if (word := getattr(generation_config, "attention_pattern", None)) is not None:
+        settings = self.generation_config if of_assistant else generation_config  # an assistant is given a copy of the other model's
+        if (word := getattr(settings, "attention_pattern", None)) is not None:
             model_kwargs["attention_pattern"] = word
         given = model_kwargs.get(CACHE_NAME)
         if isinstance(given, RatPlusCache):

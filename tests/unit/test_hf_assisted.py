@@ -106,6 +106,38 @@ def test_prompt_lookup_with_a_pattern_of_the_call_and_a_cache_that_goes_on():
             go_on(prompt_lookup_num_tokens=4)
 
 
+@pytest.mark.parametrize("way", ["argument", "generation_config"])
+def test_a_pattern_of_the_call_is_not_the_assistants(way, monkeypatch):
+    """Which may have other layers, and a pattern of its own."""
+    model, ids = tiny_model("dense", torch.float64), random_tokens(1, 20)
+    assistant = tiny_model("d4", torch.float64, num_hidden_layers=1)
+    run = {"do_sample": False, "max_new_tokens": 20}
+    plain = model.generate(ids, **run)
+    if way == "argument":
+        run["attention_pattern"] = "[dense,d4w2]"
+    else:
+        model.generation_config.attention_pattern = "[dense,d4w2]"
+    expected = model.generate(ids, **run)
+    assert not torch.equal(expected, plain)
+    patterns, forward = set(), assistant.model.forward
+    monkeypatch.setattr(assistant.model, "forward", lambda *args, **rest: patterns.add(rest["attention_pattern"]) or forward(*args, **rest))
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **run), expected)
+    assert patterns == {None}
+
+
+def test_candidates_may_reach_past_the_last_position():
+    model, sentence = tiny_model("d4w2s1", torch.float64, max_position_embeddings=40), random_tokens(1, 9)
+    ids = torch.cat([sentence, sentence, sentence[:, :4]], dim=1)
+    run = {"do_sample": False, "max_new_tokens": 19}
+    check_equal(model.generate(ids, prompt_lookup_num_tokens=10, **run), model.generate(ids, **run))
+    with pytest.raises(ValueError, match="make 42 tokens"):
+        model.generate(ids, prompt_lookup_num_tokens=10, do_sample=False, max_new_tokens=20)
+    cache = RatPlusCache()
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="41 tokens are more"):
+        model(random_tokens(1, 41), past_key_values=cache)
+
+
 @torch.no_grad()
 @VARIANTS
 @pytest.mark.parametrize("pattern", MORE_PATTERNS)
