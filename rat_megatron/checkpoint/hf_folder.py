@@ -30,6 +30,8 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_ratplus.RatPlusConfig",
     "AutoModel": "modeling_ratplus.RatPlusModel",
     "AutoModelForCausalLM": "modeling_ratplus.RatPlusForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_ratplus.RatPlusForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_ratplus.RatPlusForTokenClassification",
 }
 
 

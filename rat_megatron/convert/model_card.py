@@ -39,6 +39,13 @@ A query sees itself and the earlier keys that the pattern names: `dense` all of 
 previous and the first 4, `[dense,d64]*12` one pattern a layer, `{{dense*4,d64*12}}` one a head, `d64k8` the 8 best blocks of 64. The
 model starts with `{pattern}`; `model.set_attention_pattern(WORD)` changes it at any time. For a pattern it was not trained with, a short
 adaptation run comes first.
+
+## Further
+
+`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load this folder too, with a new classifier. For LoRA with
+`peft`, which does not know this model, name the layers: `LoraConfig(target_modules="all-linear")`, or `["q_proj", "v_proj"]`.
+`generate()` takes `prompt_lookup_num_tokens` and `assistant_model`. For attention weights (`output_attentions=True`) load it with
+`attn_implementation="eager"`.
 """
 
 

@@ -5,6 +5,7 @@ Source: arXiv 2602.18196; top-k blocks as in Quest (arXiv 2406.10774) and MoBA (
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,22 +84,35 @@ def _span(indices: list[int]) -> slice | list[int]:
     return run if indices == list(range(run.start, run.stop)) else indices
 
 
-def attend(q, f, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores: str) -> torch.Tensor:
+def attend(q, f, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores: str, weights: list | None = None) -> torch.Tensor:
     """The heads of one pattern, from projections to attention's output [b, np, t, hn]; updates their HeadCache, if there is one.
 
     q [b, np, t, hn]; k, v and the gate logits f (None in the plain-attention baseline) [b, ng, t, hn]. rotary: cosines and sines
-    [b or 1, 1, t, hn / 2]. scores: what top-k patterns choose blocks by, "bounds" or "means".
+    [b or 1, 1, t, hn / 2]. scores: what top-k patterns choose blocks by, "bounds" or "means". To ``weights``, if it is a list, are
+    added the attention weights [b, np, t, s], columns by position; only then they are formed.
     """
     if f is not None and tokens.real is not None:
         f = f.masked_fill(~tokens.real[:, None, :, None], torch.inf)  # padding leaves the state as it is
-    if kernels is not None and f is not None and cache is not None and q.shape[2] == 1 and kernels.can_decode(q, cache):
+    past, fused = None if cache is None else cache.past, weights is None and kernels is not None
+    if fused and f is not None and cache is not None and q.shape[2] == 1 and kernels.can_decode(q, cache):
+        if past is not None:
+            past.note(cache, cache.state[:, :, :, None], k, v, tokens)  # of k and v a single token's notes need the shape only
         return kernels.decode(q, f, k, v, rotary, cache, tokens.before)
-    if f is not None:
-        k, v, state = recur(f, k, v, rotary, None if cache is None else cache.state.clone())
-        if cache is not None:
-            cache.state.copy_(state.detach())
-    else:
+    states = None if cache is None else cache.state.clone()[:, :, :, None]
+    if f is None:
         k = apply_rotary(k, *rotary)
+    elif past is None:
+        k, v, state = recur(f, k, v, rotary, None if cache is None else states[:, :, :, 0])
+    else:
+        k, v, state, states = _recur_stepwise(f, k, v, rotary, states[:, :, :, 0], past.columns(tokens))
+    if past is not None:
+        past.note(cache, states if f is not None else states.expand(-1, -1, -1, past.columns(tokens), -1), k, v, tokens)
+    if f is not None and cache is not None:
+        cache.state.copy_(state.detach())
+    if weights is not None:
+        out, formed = _attend_eagerly(apply_rotary(q, *rotary), k, v, head, tokens, cache, scores)
+        weights.append(formed)
+        return out
     if cache is None:
         return _attend_alone(q, k, v, rotary, head, tokens, scores)
     whole = head.is_dense or torch.is_grad_enabled() or (kernels is not None and kernels.can_attend(q, head))
@@ -120,10 +134,29 @@ def recur(f, k, v, rotary, state: torch.Tensor | None) -> tuple[torch.Tensor, to
     """
     if kernels is not None and kernels.can_scan(k):
         return kernels.scan(f, k, v, rotary, state)
+    smoothed = _smooth(f, k, v, state)
+    return apply_rotary(smoothed[0].to(k.dtype), *rotary), smoothed[1].to(v.dtype), smoothed[..., -1, :]
+
+
+def _smooth(f, k, v, state: torch.Tensor | None) -> torch.Tensor:
+    """k and v after the recurrence, before RoPE, in fp32 (float64): [2, b, ng, t, hn]."""
     logits = wide(f)
     gate, keep = torch.sigmoid(logits), torch.sigmoid(-logits)  # 1 - gate would lose its digits where the gate is near 1
-    smoothed = gated_scan(gate, keep * wide(torch.stack([k, v])), None if state is None else state[:, :, :, None])
-    return apply_rotary(smoothed[0].to(k.dtype), *rotary), smoothed[1].to(v.dtype), smoothed[..., -1, :]
+    return gated_scan(gate, keep * wide(torch.stack([k, v])), None if state is None else state[:, :, :, None])
+
+
+def _recur_stepwise(f, k, v, rotary, state: torch.Tensor, last: int) -> tuple[torch.Tensor, ...]:
+    """As recur, and the states [2, b, ng, last, hn] before each of the last tokens, which no kernel gives."""
+    cut = k.shape[2] - last
+    parts = []
+    if cut:
+        early_k, early_v, state = recur(f[:, :, :cut], k[:, :, :cut], v[:, :, :cut], [table[:, :, :cut] for table in rotary], state)
+        parts.append((early_k, early_v))
+    smoothed = _smooth(f[:, :, cut:], k[:, :, cut:], v[:, :, cut:], state)
+    states = torch.cat([state[:, :, :, None], smoothed[:, :, :, :-1]], dim=3).detach()
+    parts.append((apply_rotary(smoothed[0].to(k.dtype), *(table[:, :, cut:] for table in rotary)), smoothed[1].to(v.dtype)))
+    k, v = (torch.cat(both, dim=2) for both in zip(*parts, strict=True))
+    return k, v, smoothed[..., -1, :], states
 
 
 def gated_scan(gate: torch.Tensor, update: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
@@ -155,6 +188,26 @@ def _scan(gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
 def _softmax_attention(q, k, v, mask: torch.Tensor | None = None, is_causal: bool = False, scale: float | None = None) -> torch.Tensor:
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+
+
+def _attend_eagerly(q, k, v, head: HeadPattern, tokens: Tokens, cache, scores: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention's output [b, np, t, hn] with its weights [b, np, t, s], of whole sequences or after a cache, whose tokens come first."""
+    at, summary = torch.arange(tokens.columns + q.shape[2], device=q.device), None
+    if cache is not None:
+        own = k, v
+        k, v = cache.in_order(k, v, tokens)
+        cache.write(*own, tokens.before, tokens.counts, len(at))
+        summary = cache.blocks
+    elif head.blocks:
+        summary = block_summary(k, head.dilation, scores)
+    seen = (
+        _seen_in_blocks(q, summary, tokens.positions, at, head, scores)
+        if head.blocks
+        else head.mask(tokens.positions[:, None, :, None], at)
+    )
+    k, v = (wide(x).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    weights = (wide(q) @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return (weights @ v).to(q.dtype), weights.to(q.dtype)
 
 
 def _attend_alone(q, k, v, rotary, head: HeadPattern, tokens: Tokens, scores: str) -> torch.Tensor:
@@ -257,13 +310,18 @@ def attend_to_blocks(
     given as HeadCache.blocks. ``scale``: of the products, 1 / sqrt(hn) when absent."""
     at, outputs = torch.arange(k.shape[2], device=q.device), []
     for queries, places in zip(q.split(_QUERIES, dim=2), positions.split(_QUERIES, dim=1), strict=True):
-        with torch.no_grad():
-            seen = choose_blocks(queries, summary, places, head, scores)[..., at // head.dilation]  # [b, np, t, s]
-            if head.dilate_rest:
-                seen = seen | ((at + 1) % head.dilation == 0)
-            seen = seen & (at <= places[:, None, :, None])
+        seen = _seen_in_blocks(queries, summary, places, at, head, scores)
         outputs.append(_softmax_attention(queries, k, v, seen, scale=scale))
     return torch.cat(outputs, dim=2)
+
+
+@torch.no_grad()
+def _seen_in_blocks(q, summary, positions: torch.Tensor, at: torch.Tensor, head: HeadPattern, scores: str) -> torch.Tensor:
+    """Which keys at positions ``at`` [s] the queries see: [b, np, t, s]; other arguments as attend_to_blocks."""
+    seen = choose_blocks(q, summary, positions, head, scores)[..., at // head.dilation]
+    if head.dilate_rest:
+        seen = seen | ((at + 1) % head.dilation == 0)
+    return seen & (at <= positions[:, None, :, None])
 
 
 @torch.no_grad()

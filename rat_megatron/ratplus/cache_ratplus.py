@@ -6,6 +6,7 @@ Source: arXiv 2602.18196. Per row and key head a dilated pattern keeps S + W + 1
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_ratplus import RatPlusConfig
+from .past_ratplus import RecentPast
 from .pattern import AttentionPattern, HeadPattern
-from .rotary_ratplus import apply_rotary, rotary_tables
+from .rotary_ratplus import apply_rotary, no_autocast, rotary_tables
 
 # What Transformers calls a cache among the arguments and the outputs of a model: "past_key_values" before 5.24, "cache" since.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_CROPS_BY = "tokens_to_remove" in inspect.signature(Cache.crop).parameters  # as Transformers 5 does: there crop(0) removes nothing
 
 
 class HeadCache:
@@ -27,12 +30,12 @@ class HeadCache:
     ``state`` [2, b, ng, hn]: the recurrence's last (k~, v~) before RoPE. It is fp32 at least, whatever the weights are: rounding it at
     every token would let decoding drift away from prefill. ``blocks`` of a top-k pattern: what its blocks are scored by, the elementwise
     bounds [2, b, ng, blocks + 1, hn] of their keys (scores "bounds", the maxima first) or their sums in fp32 [1, ...] ("means"); the
-    last one takes padding.
+    last one takes padding. ``past``: notes with which the last tokens can be undone, None where nobody will ask for it.
     """
 
     def __init__(self, head: HeadPattern, k: torch.Tensor, max_length: int, scores: str):
         """An empty cache for rows and key heads like those of k [b, ng, t, hn]."""
-        self.head, self.scores, self.max_length = head, scores, 0
+        self.head, self.scores, self.max_length, self.past = head, scores, 0, None
         wide = torch.promote_types(k.dtype, torch.float32)
         self.k, self.v = (k.new_zeros(*k.shape[:2], 0, k.shape[3]) for _ in range(2))
         self.state = k.new_zeros(2, *k.shape[:2], k.shape[3], dtype=wide)
@@ -116,6 +119,15 @@ class HeadCache:
             self.blocks[0].scatter_reduce_(2, block, k, "amax")
             self.blocks[1].scatter_reduce_(2, block, k, "amin")
 
+    def in_order(self, k: torch.Tensor, v: torch.Tensor, tokens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [b, ng, s, hn] by position: what is kept of the tokens before, zeros elsewhere, and k, v [b, ng, t, hn]."""
+        length, slots = tokens.columns + k.shape[2], self.in_use(tokens.columns)
+        stored = self.head.slot_positions(slots, tokens.before)
+        position = torch.cat([torch.where(stored < 0, length, stored), tokens.positions], dim=1)
+        index = position[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        k, v = (torch.cat([kept[:, :, :slots], x], dim=2) for kept, x in ((self.k, k), (self.v, v)))
+        return tuple(x.new_zeros(*x.shape[:2], length + 1, x.shape[3]).scatter(2, index, x)[:, :, :length] for x in (k, v))
+
     def visible(self, slots: int, lengths: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Whether queries at positions [b, t] see the tokens in the first slots: [b, 1, t, slots], for rows of lengths [b] tokens.
 
@@ -133,6 +145,8 @@ class HeadCache:
 
     def check_crop(self, before: torch.Tensor, lengths: torch.Tensor, recurrent: bool) -> None:
         """Raises ValueError unless rows of ``before`` [b] tokens can be cut to ``lengths`` [b]: what those need must still be here."""
+        if self._can_undo(before - lengths):
+            return
         head, ring = self.head, self.head.ring_size
         oldest = torch.maximum(lengths - head.window, torch.full_like(lengths, head.sinks))
         if ring and (oldest < torch.minimum(lengths, before - ring)).any():
@@ -142,17 +156,35 @@ class HeadCache:
             raise ValueError(f"pattern '{head}' has let go of the token whose recurrent state is needed: crop behind one it keeps{kept}")
 
     def crop(self, before: torch.Tensor, lengths: torch.Tensor, rope_theta: float) -> None:
-        """Cuts rows of ``before`` [b] tokens to ``lengths`` [b]; the state then comes from their last token's entry, in its precision."""
+        """Cuts rows of ``before`` [b] tokens to ``lengths`` [b]. Without notes on the tokens in between, the state comes from the last
+        remaining one's entry, in its precision."""
+        if self._can_undo(before - lengths):
+            self.past.undo(self, before, lengths)
+        else:
+            self._state_from_entry(before, lengths, rope_theta)
+            self.past = None if self.past is None else RecentPast(self, self.past.wanted)
+        if self.blocks is not None:
+            self._shorten_blocks(lengths)
+
+    def _can_undo(self, removed: torch.Tensor) -> bool:
+        return self.past is not None and self.past.covers(removed)
+
+    def _state_from_entry(self, before: torch.Tensor, lengths: torch.Tensor, rope_theta: float) -> None:
         share = self._holds_last(before, lengths).to(self.state.dtype)
         share = (share / share.sum(dim=1, keepdim=True).clamp(min=1))[:, None, :, None]
         k, v = ((share * x).sum(dim=2, keepdim=True) for x in (self.k, self.v))  # [b, ng, 1, hn], zero where no token is left
         cos, sin = rotary_tables((lengths - 1)[:, None], k.shape[-1], rope_theta, k.dtype)
         state = torch.stack([apply_rotary(k, cos, -sin), v])[:, :, :, 0]
         self.state = torch.where((lengths < before)[:, None, None], state, self.state)
-        if self.blocks is not None:
-            self.blocks = self._unscored(self.k, self.blocks.shape[3], self.state.dtype)
-            positions = torch.arange(self.k.shape[2], device=lengths.device).expand(len(lengths), -1)
-            self._note_blocks(self.k, positions, positions < lengths[:, None])
+
+    def _shorten_blocks(self, lengths: torch.Tensor) -> None:
+        """Takes tokens behind lengths [b] out of the scores: later blocks start anew, the one that is cut is scored again."""
+        size, count = self.head.dilation, self.blocks.shape[3]
+        later = torch.arange(count, device=lengths.device) >= (lengths // size)[:, None]  # [b, count]
+        self.blocks = torch.where(later[None, :, None, :, None], self._unscored(self.k, count, self.state.dtype), self.blocks)
+        positions = (lengths // size * size)[:, None] + torch.arange(size, device=lengths.device)
+        index = positions.clamp(max=self.k.shape[2] - 1)[:, None, :, None].expand(-1, self.k.shape[1], -1, self.k.shape[3])
+        self._note_blocks(self.k.gather(2, index), positions, positions < lengths[:, None])
 
     def _holds_last(self, before: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Which slots [b, slots] of rows of ``before`` [b] tokens hold the token before position lengths [b]: one, two alike, or none."""
@@ -164,6 +196,7 @@ class RatPlusCacheLayer:
     """One layer: a HeadCache for each pattern among its heads, made when the layer first runs."""
 
     is_compileable = is_sliding = False  # what Transformers asks every layer
+    record_past = False  # Transformers ends RatPlusCache.activate_past_recording here
 
     def __init__(self):
         self.heads: list[HeadCache] = []
@@ -179,6 +212,8 @@ class RatPlusCache(Cache):
     def __init__(self, max_length: int | None = None):
         super().__init__(layers=[])
         self.max_length = max_length or 0
+        self.recording, self.wanted = False, 0
+        self.word: str | None = None  # the pattern of a generate() call with candidates, which an assistant does not share
         self.reset()
 
     def reset(self) -> None:
@@ -193,6 +228,7 @@ class RatPlusCache(Cache):
         """Makes ready for the tokens x [b, t, h]; raises ValueError when the cache belongs to another pattern or batch."""
         if self.lengths is None:
             self.layers = [RatPlusCacheLayer() for _ in range(config.num_hidden_layers)]
+            self.record_past(self.recording)
             self.lengths, self.pattern = torch.zeros(x.shape[0], dtype=torch.long, device=x.device), pattern
             self.recurrent, self.rope_theta = config.use_recurrence, config.rope_theta
         if self.pattern != pattern:
@@ -212,18 +248,43 @@ class RatPlusCache(Cache):
             caches.extend(HeadCache(head, k, self.max_length, scores) for head, k in zip(heads, keys, strict=True))
         for cache in caches:
             cache.grow(self.max_length)
+            if not self.layers[layer].record_past:
+                cache.past = None
+            elif cache.past is None:
+                cache.past = RecentPast(cache, self.wanted)
         return caches
 
     def end(self, columns: int, counts: torch.Tensor | int, mask: torch.Tensor | None) -> None:
         """Counts tokens once all layers have them: columns in all, counts [b] of them real, under this attention mask (None: all real)."""
         self.lengths += counts
         self.columns += columns
+        if mask is None and self.mask is not None:  # the padding of earlier calls is still there
+            mask = torch.nn.functional.pad(self.mask, (0, columns), value=1)
         self.mask = mask
 
+    def activate_past_recording(self) -> None:
+        """From now on the cache can go back, exactly and under every pattern, to any length since its last crop and 32 tokens before.
+
+        Of a prompt it can give up the last 32 tokens, or as many as its call wanted logits of (an integer ``logits_to_keep``). For decoding
+        with candidates; generate() calls this itself. It costs one state, and one entry of a window, for every token that can be undone.
+        """
+        self.record_past(True)
+
+    def record_past(self, on: bool) -> None:
+        """Begins to keep, or lets go of, what undoing the last tokens takes."""
+        self.recording = on
+        for layer in self.layers:
+            layer.record_past = on
+
     def crop(self, max_length: int) -> None:
-        """Cuts the sequences to max_length columns, or by -max_length; see HeadCache.check_crop for when that cannot be."""
-        columns = max(0, self.columns + max_length) if max_length < 0 else max_length
-        if self.lengths is None or columns >= self.columns:
+        """Cuts the sequences to max_length columns, or by -max_length; 0 means what it means to the installed Transformers' own caches:
+        all of them before 5, none since. Back to where ``activate_past_recording`` reaches this is exact; elsewhere the state comes from
+        an entry, and HeadCache.check_crop says when that cannot be."""
+        columns = max(0, self.columns + max_length) if max_length < 0 or (max_length == 0 and _CROPS_BY) else max_length
+        if self.lengths is None:
+            return
+        columns = min(columns, self.columns)
+        if columns == self.columns and not self.recording:
             return
         cut = self.columns - columns if self.mask is None else (self.mask[:, columns:] != 0).sum(dim=1).to(self.lengths.device)
         lengths = self.lengths - cut
@@ -231,7 +292,8 @@ class RatPlusCache(Cache):
         for cache in caches:
             cache.check_crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.recurrent)
         for cache in caches:
-            cache.crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.rope_theta)
+            with torch.no_grad(), no_autocast(cache.k.device):
+                cache.crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.rope_theta)
         self.columns, self.lengths = columns, lengths
         self.mask = None if self.mask is None else self.mask[:, :columns]
 
@@ -247,9 +309,9 @@ class RatPlusCache(Cache):
 
     def _take(self, rows) -> None:
         """Puts rows(tensor, its axis of rows) in the place of every tensor."""
-        for cache in (cache for layer in self.layers for cache in layer.heads):
-            for name, axis in cache.tensors.items():
-                setattr(cache, name, rows(getattr(cache, name), axis))
+        for holder in self._holders():
+            for name, axis in holder.tensors.items():
+                setattr(holder, name, rows(getattr(holder, name), axis))
         if self.lengths is not None:
             self.lengths = rows(self.lengths, 0)
         if self.mask is not None:
@@ -257,9 +319,13 @@ class RatPlusCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values, recurrent states and block scores."""
+        """Bytes of keys, values, recurrent states, block scores, and notes on tokens that can be undone."""
+        return sum(getattr(holder, name).nbytes for holder in self._holders() for name in holder.tensors)
+
+    def _holders(self) -> list[HeadCache | RecentPast]:
+        """All that holds tensors."""
         caches = [cache for layer in self.layers for cache in layer.heads]
-        return sum(getattr(cache, name).nbytes for cache in caches for name in cache.tensors)
+        return [*caches, *(cache.past for cache in caches if cache.past is not None)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens given so far, padding included."""
@@ -268,6 +334,11 @@ class RatPlusCache(Cache):
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """-1: the cache grows."""
         return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether crop() leaves no trace, once ``activate_past_recording`` was called: Transformers 5 asks."""
+        return True
 
     @property
     def max_batch_size(self) -> int:

@@ -1,117 +1,40 @@
-"""RAT+ as a Transformers model: attention over keys and values that a gated recurrence has smoothed along the sequence.
+"""RAT+ as a Transformers model, with its heads: next tokens, one label a sequence, one label a token.
 
 Source: arXiv 2602.18196 (the layer, dilated attention with window and sinks, hybrids, top-k blocks). This file needs only those
-beside it (configuration, attention, cache, rotary, pattern), and runs on transformers 4.57 and 5.
+beside it (layers, attention, cache, checks, configuration, rotary, pattern), and runs on transformers 4.57 and 5.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import inspect
 from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 
-from .attention_ratplus import Tokens, attend, head_sets
 from .cache_ratplus import CACHE_NAME, RatPlusCache
+from .checks_ratplus import LOSS_ARGUMENTS, check_generated_length, check_lengths, refuse_fused, refuse_restarts, refuse_unknown
+from .columns_ratplus import count_tokens, in_order, weights_in_columns
 from .configuration_ratplus import RatPlusConfig
-from .pattern import AttentionPattern, LayerPattern
-from .rotary_ratplus import rotary_tables, wide
+from .layers_ratplus import RatPlusDecoderLayer
+from .pattern import AttentionPattern
+from .rotary_ratplus import rotary_tables
 
-_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what Trainer and the loss functions pass on
+# Transformers 4 copies the files that this one names, and none that those name, from a folder that is loaded with trust_remote_code.
+from .attention_ratplus import Tokens  # noqa: F401, I001 isort:skip
+from .past_ratplus import RecentPast  # noqa: F401 isort:skip
+
+_READS_TWICE = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters  # 5.24, with any model
 _OF_GENERATE = ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer")  # generate() passes them on, forward has no use
-_PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # how Transformers and TRL mark packed documents
-_ONE_ROW_EACH = (
-    "packed documents are not supported and would be mixed: give each document a row of its own, padded (in TRL: packing=False, "
-    "padding_free=False)"
-)
-
-
-class RatPlusAttention(nn.Module):
-    """Recurrence on keys and values, RoPE, softmax attention under the layer's pattern, output gate."""
-
-    def __init__(self, config: RatPlusConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.config = config
-        self.head_dim = config.head_dim
-        query_width, key_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.output_gate_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.forget_gate_proj = nn.Linear(config.hidden_size, key_width, bias=False) if config.use_recurrence else None
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        tokens: Tokens,
-        pattern: LayerPattern,
-        past_key_values: RatPlusCache | None,
-    ) -> torch.Tensor:
-        """hidden_states [b, t, h] -> [b, t, h], real tokens first in every row."""
-        q, k, v, f = (
-            None if projection is None else projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.forget_gate_proj)
-        )  # [b, t, np * hn] -> [b, np, t, hn]
-        dtype, tokens, scores = q.dtype, tokens.to(q.device), self.config.block_scores
-        sets = head_sets(pattern, q.shape[1], k.shape[1])
-        with _no_autocast(q.device):  # everything here says in which precision it computes
-            caches = [None] * len(sets)
-            if past_key_values is not None:
-                heads, keys = [each.head for each in sets], [k[:, each.groups] for each in sets]
-                caches = past_key_values.heads(self.layer_idx, heads, keys, scores)
-                kept = caches[0].k.dtype  # another one than the projections' where autocast has begun or ended since
-                q, k, v, f = (None if x is None else x.to(kept) for x in (q, k, v, f))
-            outputs = [
-                attend(
-                    q[:, each.queries], None if f is None else f[:, each.groups], k[:, each.groups], v[:, each.groups],
-                    rotary, each.head, tokens, cache, scores,
-                )
-                for each, cache in zip(sets, caches, strict=True)
-            ]  # fmt: skip
-        out = outputs[0]
-        if len(sets) > 1:
-            out = torch.empty_like(q)
-            for each, part in zip(sets, outputs, strict=True):
-                out[:, each.queries] = part
-        out = out.transpose(1, 2).flatten(2)  # [b, t, np * hn]
-        gate = torch.sigmoid(wide(self.output_gate_proj(hidden_states)))
-        return self.o_proj((out * gate).to(dtype))
-
-
-class RatPlusMLP(nn.Module):
-    """Up-projection, exact GELU, down-projection; not gated."""
-
-    def __init__(self, config: RatPlusConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
-
-
-class RatPlusDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: RatPlusConfig, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = RatPlusAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = RatPlusMLP(config)
-
-    def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> torch.Tensor:
-        """hidden_states [b, t, h] -> [b, t, h]; attention_kwargs as RatPlusAttention.forward takes them."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class RatPlusPreTrainedModel(PreTrainedModel):
@@ -121,7 +44,6 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar = ["RatPlusDecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
     _supports_sdpa = True
-    _is_stateful = True  # a cache can be cropped to some lengths only, so generate() refuses assisted decoding
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02) for every matrix, with no scaling by depth; norms 1."""
@@ -178,15 +100,19 @@ class RatPlusModel(RatPlusPreTrainedModel):
         seen, leaves the recurrent state alone and takes no position: the pattern counts real tokens. position_ids [b, t], which rise
         along a row, only replace the positions that RoPE uses. attention_pattern is this call's, in place of the model's. A cache is
         made when use_cache (default: config.use_cache, except in training); gradients do not flow through it. ``cache`` is what
-        Transformers calls past_key_values since 5.24. Raises ValueError for input that does not fit, an empty prompt and more tokens
-        than config.max_position_embeddings among it, for packed documents, and for arguments that it does not know.
+        Transformers calls past_key_values since 5.24. output_attentions (with attn_implementation="eager" only) adds each layer's weights
+        [b, np, t, s], cached tokens among the s: zero where the pattern does not look, at padding, and for padding.
+
+        Raises ValueError for input that does not fit, an empty prompt and more tokens than config.max_position_embeddings among it, for
+        packed documents, and for arguments that it does not know.
         """
-        _refuse_unknown(kwargs)
+        refuse_unknown(kwargs)
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions is not supported: attention runs fused and never forms its weights")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions:
+            refuse_fused(self.config._attn_implementation)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -199,9 +125,11 @@ class RatPlusModel(RatPlusPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, RatPlusCache):
             raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, but RAT+ needs a RatPlusCache (or none)")
 
+        if attention_pattern is None and past_key_values is not None:
+            attention_pattern = past_key_values.word
         pattern = self.attention_pattern if attention_pattern is None else self.config.parse_pattern(attention_pattern)
         columns = 0 if past_key_values is None else past_key_values.get_seq_length()
-        self._check_lengths(hidden_states, columns, attention_mask, past_key_values)
+        check_lengths(hidden_states, columns, attention_mask, past_key_values, self.config.max_position_embeddings)
         if past_key_values is not None:
             past_key_values.begin(hidden_states, pattern, self.config)
 
@@ -209,12 +137,12 @@ class RatPlusModel(RatPlusPreTrainedModel):
         order = None
         if attention_mask is not None and hidden_states.shape[1] > 1:
             order = (attention_mask[:, columns:] == 0).to(hidden_states.device).int().argsort(dim=1, stable=True)
-            hidden_states = _in_order(hidden_states, order)
+            hidden_states = in_order(hidden_states, order)
             position_ids = position_ids if position_ids is None else position_ids.to(order.device).expand(order.shape).gather(1, order)
-        tokens = _count_tokens(hidden_states, columns, attention_mask, past_key_values)
+        tokens = count_tokens(hidden_states, columns, attention_mask, past_key_values)
         if position_ids is not None:
             position_ids = position_ids.to(hidden_states.device)
-            _refuse_restarts(position_ids, tokens)
+            refuse_restarts(position_ids, tokens)
         else:  # where nothing came before, one table serves all rows
             position_ids = tokens.positions if columns else tokens.positions[:1]
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
@@ -223,89 +151,29 @@ class RatPlusModel(RatPlusPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         back = None if order is None else order.argsort(dim=1)
         all_hidden_states: tuple[torch.Tensor, ...] = ()
+        attentions: tuple[torch.Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
-                all_hidden_states += (_in_order(hidden_states, back),)
-            layer_pattern = pattern.layer(index)
-            hidden_states = layer(hidden_states, rotary=rotary, tokens=tokens, pattern=layer_pattern, past_key_values=past_key_values)
-        hidden_states = _in_order(self.norm(hidden_states), back)
+                all_hidden_states += (in_order(hidden_states, back),)
+            hidden_states, weights = layer(
+                hidden_states,
+                rotary=rotary,
+                tokens=tokens,
+                pattern=pattern.layer(index),
+                past_key_values=past_key_values,
+                output_attentions=output_attentions,
+            )
+            if output_attentions:
+                attentions += (weights_in_columns(weights, tokens, back, attention_mask, past_key_values),)
+        hidden_states = in_order(self.norm(hidden_states), back)
         if past_key_values is not None:
             past_key_values.end(tokens.length, tokens.counts, attention_mask)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
         )
-
-    def _check_lengths(self, x: torch.Tensor, columns: int, attention_mask: torch.Tensor | None, past: RatPlusCache | None) -> None:
-        batch, length = x.shape[:2]
-        total, limit = columns + length, self.config.max_position_embeddings
-        if length == 0:
-            raise ValueError("the prompt is empty: give at least one token")
-        if attention_mask is not None and attention_mask.shape != (batch, total):
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask has shape {shape}, but [batch, cached + new tokens] is {(batch, total)}")
-        if attention_mask is not None and attention_mask.dtype != torch.bool and length > 1 and not _is_recorded():
-            if ((attention_mask != 0) & (attention_mask != 1)).any():
-                raise ValueError(f"attention_mask holds more than 0 and 1; {_ONE_ROW_EACH}")
-        if total > limit and not _is_recorded():  # padding takes no position
-            if attention_mask is not None:
-                total = int((attention_mask != 0).sum(dim=1).max())
-            elif past is not None and past.lengths is not None:
-                total = int(past.lengths.max()) + length
-            if total > limit:
-                raise ValueError(
-                    f"{total} tokens are more than max_position_embeddings, {limit}: shorten the prompt or raise it in the config"
-                )
-
-
-def _is_recorded() -> bool:
-    """Whether torch.compile or a CUDA graph records the calls, so that no value may be asked for."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def _no_autocast(device: torch.device):
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _refuse_unknown(arguments: dict, known: tuple[str, ...] = ()) -> None:
-    """Raises ValueError for arguments of forward that nobody reads, unless they are None."""
-    names = [name for name, value in arguments.items() if value is not None and name not in known]
-    if packed := [name for name in names if name in _PACKED]:
-        raise ValueError(f"{', '.join(packed)}: {_ONE_ROW_EACH}")
-    if names:
-        hint = " (make the tokenizer leave it out: model_input_names)" if "token_type_ids" in names else ""
-        raise ValueError(f"forward() does not know {', '.join(names)}: correct the name or leave it out{hint}")
-
-
-def _refuse_restarts(position_ids: torch.Tensor, tokens: Tokens) -> None:
-    """Raises ValueError where positions [b or 1, t] do not rise from one real token to the next: another document begins there.
-
-    Looks at several tokens at once only, so that decoding does not wait for the device.
-    """
-    if tokens.length == 1 or _is_recorded():
-        return
-    position_ids = position_ids.expand(len(tokens.before), -1)
-    falls = torch.cat([position_ids[:, :1] < tokens.before[:, None], position_ids[:, 1:] <= position_ids[:, :-1]], dim=1)
-    if (falls if tokens.real is None else falls & tokens.real).any():
-        raise ValueError(f"position_ids start again within a row; {_ONE_ROW_EACH}")
-
-
-def _in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Columns of x [b, t, h] in the order [b, t], or as they are."""
-    return x if order is None else x.gather(1, order.to(x.device)[..., None].expand_as(x))
-
-
-def _count_tokens(x: torch.Tensor, columns: int, attention_mask: torch.Tensor | None, past: RatPlusCache | None) -> Tokens:
-    """Counts the tokens x [b, t, h], whose real ones come first."""
-    batch, length = x.shape[:2]
-    before = torch.zeros(batch, dtype=torch.long, device=x.device) if past is None else past.lengths.to(x.device)
-    if attention_mask is None:
-        return Tokens(before, torch.full_like(before, length), None, columns, length)
-    counts = (attention_mask[:, columns:] != 0).sum(dim=1).to(x.device)
-    return Tokens(before, counts, torch.arange(length, device=x.device) < counts[:, None], columns, length)
 
 
 class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
@@ -340,7 +208,10 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
 
         The other arguments are RatPlusModel.forward's, and what the loss function takes. Labels are shifted here; -100 is ignored.
         """
-        _refuse_unknown(kwargs, _LOSS_ARGUMENTS)
+        refuse_unknown(kwargs, LOSS_ARGUMENTS)
+        past = cache if past_key_values is None else past_key_values
+        if isinstance(past, RatPlusCache) and isinstance(logits_to_keep, int):
+            past.wanted = logits_to_keep  # after a prompt with candidates: theirs, some of which will be undone
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -360,13 +231,28 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
         """Leaves positions to the model, which counts real tokens: Transformers' own are columns when a prompt comes in chunks."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         return {name: value for name, value in inputs.items() if name not in _OF_GENERATE}
+
+    def _assisted_decoding(self, *args, **model_kwargs):
+        """Keeps this call's pattern from the assistant, which Transformers gives all arguments of this model's forward."""
+        cache, word = model_kwargs.get(CACHE_NAME), model_kwargs.pop("attention_pattern", None)
+        if word is None or cache is None:
+            return super()._assisted_decoding(*args, **model_kwargs)
+        cache.word = word
+        try:
+            return super()._assisted_decoding(*args, **model_kwargs)
+        finally:
+            cache.word = None
 
     def _validate_model_kwargs(self, model_kwargs: dict) -> None:
         if model_kwargs.get("position_ids") is not None:
@@ -378,24 +264,136 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
 
         This is where both versions of Transformers know the length, so what cannot end well is refused here, before any work.
         """
-        if generation_config.cache_implementation is not None:
+        of_assistant = getattr(generation_config, "is_assistant", False)  # before 5 that one is told which cache to make
+        if generation_config.cache_implementation is not None and not of_assistant:
             raise ValueError(f"cache_implementation '{generation_config.cache_implementation}' does not apply: RAT+ has a cache of its own")
-        self._check_generated_length(model_kwargs.get("attention_mask"), max_cache_length)
-        if (word := getattr(generation_config, "attention_pattern", None)) is not None:
+        check_generated_length(model_kwargs.get("attention_mask"), max_cache_length, self.config.max_position_embeddings)
+        model_kwargs.pop("position_ids", None)  # Transformers' own, which it would hand on to an assistant
+        settings = self.generation_config if of_assistant else generation_config  # an assistant is given a copy of the other model's
+        if (word := getattr(settings, "attention_pattern", None)) is not None:
             model_kwargs["attention_pattern"] = word
         given = model_kwargs.get(CACHE_NAME)
         if isinstance(given, RatPlusCache):
             given._is_user_defined = True  # as Transformers does: the caller goes on with it, so it may hold no token too many
         elif given is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = RatPlusCache(max_cache_length)
+        cache, assisted = model_kwargs.get(CACHE_NAME), generation_mode == GenerationMode.ASSISTED_GENERATION
+        if isinstance(cache, RatPlusCache):
+            if assisted and cache.get_seq_length() and _READS_TWICE:
+                raise ValueError(
+                    "with candidates this Transformers reads the tokens of a given cache again: leave out the cache or the candidates"
+                )
+            cache.record_past(assisted or of_assistant)
 
-    def _check_generated_length(self, attention_mask: torch.Tensor | None, columns: int) -> None:
-        """Raises ValueError when ``columns``, all that will be read, hold too many real tokens. The mask [b, prompt] says which are."""
-        limit, padding = self.config.max_position_embeddings, 0
-        if columns > limit and attention_mask is not None:
-            padding = int((attention_mask == 0).sum(dim=1).min())
-        if columns - padding > limit:
-            raise ValueError(
-                f"the prompt and max_new_tokens (or max_length) make {columns - padding + 1} tokens, but the model reads up to {limit} "
-                "(max_position_embeddings): shorten one of them"
-            )
+
+class RatPlusForSequenceClassification(RatPlusPreTrainedModel):
+    """One label a row, from its last real token: the only one that has seen all of it.
+
+    Not Transformers' generic class: that finds padding by its id, and so reads a text that ends with the end-of-text token one token too
+    early where that token pads too; and it builds the body through AutoModel, which a folder loaded with trust_remote_code may not.
+    """
+
+    accepts_loss_kwargs = False  # Trainer then divides by the steps it accumulates over: every row has one label
+
+    def __init__(self, config: RatPlusConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RatPlusModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RatPlusCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        cache: RatPlusCache | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits [b, num_labels], and with labels [b] ([b, num_labels] of several labels a row) the loss that config.problem_type names.
+
+        Padding may stand on either side and is what attention_mask says; without one, what config.pad_token_id says of input_ids.
+        The other arguments are RatPlusModel.forward's.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cache=cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = _last_real(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
+        logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RatPlusForTokenClassification(RatPlusPreTrainedModel):
+    """One label a token. Attention is causal: a token's label follows from it and those before it."""
+
+    def __init__(self, config: RatPlusConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RatPlusModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Logits [b, t, num_labels], and with labels [b, t] the loss; -100 is ignored.
+
+        The other arguments are RatPlusModel.forward's, and what the loss function takes.
+        """
+        of_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **of_loss)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+
+def _last_real(x: torch.Tensor, input_ids: torch.Tensor | None, mask: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
+    """The column [b] of each row's last real token among x [b, t, h], whose mask [b, s] may begin with cached tokens."""
+    if mask is not None:
+        real = mask[:, -x.shape[1] :] != 0
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids != pad_token_id
+    else:
+        return torch.full((len(x),), x.shape[1] - 1, device=x.device)
+    column = torch.arange(x.shape[1], device=x.device)
+    return (column * real.to(x.device)).argmax(dim=1)

@@ -85,3 +85,33 @@ def test_training_step_equals_plain_torch(monkeypatch):
         model(tokens, labels=tokens).loss.backward()
         gradients.append(model.model.layers[0].self_attn.forget_gate_proj.weight.grad.double())
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_tokens_are_undone_after_kernels(pattern):
+    model, tokens = model_on_gpu(pattern), random_tokens(2, 220).cuda()
+    cache = RatPlusCache()
+    cache.activate_past_recording()
+    model(tokens[:, :200], past_key_values=cache)
+    model(tokens[:, 200:211], past_key_values=cache)
+    for t in range(211, 216):
+        model(tokens[:, t : t + 1], past_key_values=cache)
+    for length in (214, 207, 199):
+        cache.crop(length)
+        logits = model(tokens[:, -4:], past_key_values=cache).logits
+        expected = model(torch.cat([tokens[:, :length], tokens[:, -4:]], dim=1)).logits[:, length:]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_assistants_write_what_greedy_search_writes(pattern):
+    model, ids = model_on_gpu(pattern), random_tokens(1, 90).cuda()
+    run = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": 61}  # none of the vocabulary; prompt lookup must have one
+    expected = model.generate(ids, **run)
+    for helper in ({"assistant_model": model_on_gpu("d4")}, {"prompt_lookup_num_tokens": 5}):
+        written = model.generate(ids, **helper, **run)[:, : expected.shape[1]]
+        if not torch.equal(written, expected):  # fp32: where they part, rounding decides between two tokens
+            at = int((written != expected).int().argmax())
+            best = model(expected[:, :at]).logits[0, -1].topk(2)
+            assert best.values[0] - best.values[1] < 1e-3 and {int(written[0, at]), int(expected[0, at])} == set(best.indices.tolist())

@@ -342,5 +342,3 @@ def test_generate_refuses_what_cannot_be_right():
     model, ids = tiny_model(), random_tokens(1, 5)
     with pytest.raises(ValueError, match="cache_implementation 'static'"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=2)

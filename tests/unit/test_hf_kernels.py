@@ -1,9 +1,11 @@
 """What rat_megatron.hf lends the model on a GPU, with the torch references in the place of the kernels: same results, other shapes."""
 
+import copy
+
 import pytest
 import torch
 
-from rat_megatron.hf import kernels
+from rat_megatron.hf import RatPlusCache, kernels
 from rat_megatron.hf.kernels import can_attend, can_decode, can_scan
 from rat_megatron.ratplus import attention_ratplus
 from tests.unit.test_hf_generate import pad, random_tokens, tiny_model
@@ -102,3 +104,45 @@ def test_tensors_of_the_cpu_are_left_to_torch():
     cache = tiny_model("d4")(random_tokens(1, 8)).past_key_values.layers[0].heads[0]
     assert attention_ratplus.kernels is kernels
     assert not can_scan(q) and not can_attend(q, cache.head) and not can_decode(q, cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["dense", "d4", "d4w3s2", "[d4w2,{dense*2,d4,w2s1}]", "d4k3"])
+def test_tokens_are_undone_after_kernels(pattern, lent, monkeypatch):
+    """Of a long prompt the last tokens are noted, of decoding steps each: a kernel gives no state before its last."""
+    model, tokens = tiny_model(pattern, torch.float64), random_tokens(2, 67)
+    cache = RatPlusCache()
+    cache.activate_past_recording()
+    model(tokens[:, :60], past_key_values=cache)
+    assert "scan" in lent
+    for t in range(60, 64):
+        model(tokens[:, t : t + 1], past_key_values=cache)
+    assert ("decode" in lent) == (pattern != "d4k3")
+    caches = {63: copy.deepcopy(cache), 61: copy.deepcopy(cache), 60: copy.deepcopy(cache), 47: cache}
+    monkeypatch.setattr(attention_ratplus, "kernels", None)
+    for length, shorter in caches.items():
+        shorter.crop(length)
+        logits = model(tokens[:, -4:], past_key_values=shorter).logits
+        expected = model(torch.cat([tokens[:, :length], tokens[:, -4:]], dim=1)).logits[:, length:]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    ids = tokens[:1, :30]
+    run = {"do_sample": False, "max_new_tokens": 20}
+    model.generation_config.eos_token_id = None
+    expected = model.generate(ids, **run)
+    monkeypatch.setattr(attention_ratplus, "kernels", kernels)
+    assert torch.equal(model.generate(ids, assistant_model=tiny_model("d4", torch.float64, num_hidden_layers=1), **run), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["dense", "d4w3s2", "d4k3"])
+def test_weights_are_formed_without_kernels(pattern, lent, monkeypatch):
+    model, tokens = tiny_model(pattern), random_tokens(2, 30)
+    model.set_attn_implementation("eager")
+    cache = RatPlusCache()
+    pieces = [model(tokens[:, :29], past_key_values=cache, output_attentions=True)]
+    pieces.append(model(tokens[:, 29:], past_key_values=cache, output_attentions=True))
+    assert set(lent) == {"scan"}
+    monkeypatch.setattr(attention_ratplus, "kernels", None)
+    expected = model(tokens, output_attentions=True)
+    torch.testing.assert_close(pieces[1].attentions[1], expected.attentions[1][:, :, 29:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([piece.logits for piece in pieces], dim=1), expected.logits, rtol=0, atol=1e-5)

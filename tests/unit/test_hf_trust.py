@@ -89,6 +89,7 @@ def test_unknown_arguments_are_refused():
     model(tokens, head_mask=None, return_dict=False)
     model.config._attn_implementation = "eager"  # only then does Transformers let the next line be
     model.config.output_attentions = True
+    model.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match="output_attentions"):
         model(tokens)
 

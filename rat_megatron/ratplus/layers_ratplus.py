@@ -1,0 +1,109 @@
+"""The layers of a RAT+ model, their projections and weights: attention over keys and values that a gated recurrence has smoothed.
+
+Source: arXiv 2602.18196. What happens between an attention's projections is in attention_ratplus.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_ratplus import HeadSet, Tokens, attend, head_sets
+from .cache_ratplus import RatPlusCache
+from .configuration_ratplus import RatPlusConfig
+from .pattern import LayerPattern
+from .rotary_ratplus import no_autocast, wide
+
+
+class RatPlusAttention(nn.Module):
+    """Recurrence on keys and values, RoPE, softmax attention under the layer's pattern, output gate."""
+
+    def __init__(self, config: RatPlusConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.config = config
+        self.head_dim = config.head_dim
+        query_width, key_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.output_gate_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.forget_gate_proj = nn.Linear(config.hidden_size, key_width, bias=False) if config.use_recurrence else None
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        tokens: Tokens,
+        pattern: LayerPattern,
+        past_key_values: RatPlusCache | None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [b, t, h] -> [b, t, h], real tokens first in every row, and if wanted the weights [b, np, t, s], likewise."""
+        q, k, v, f = (
+            None if projection is None else projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj, self.forget_gate_proj)
+        )  # [b, t, np * hn] -> [b, np, t, hn]
+        dtype, tokens, scores = q.dtype, tokens.to(q.device), self.config.block_scores
+        sets = head_sets(pattern, q.shape[1], k.shape[1])
+        weights: list[torch.Tensor] | None = [] if output_attentions else None
+        with no_autocast(q.device):  # everything here says in which precision it computes
+            caches = [None] * len(sets)
+            if past_key_values is not None:
+                heads, keys = [each.head for each in sets], [k[:, each.groups] for each in sets]
+                caches = past_key_values.heads(self.layer_idx, heads, keys, scores)
+                kept = caches[0].k.dtype  # another one than the projections' where autocast has begun or ended since
+                q, k, v, f = (None if x is None else x.to(kept) for x in (q, k, v, f))
+            outputs = [
+                attend(
+                    q[:, each.queries], None if f is None else f[:, each.groups], k[:, each.groups], v[:, each.groups],
+                    rotary, each.head, tokens, cache, scores, weights,
+                )
+                for each, cache in zip(sets, caches, strict=True)
+            ]  # fmt: skip
+        out, formed = _join_heads(sets, outputs), _join_heads(sets, weights) if output_attentions else None
+        out = out.transpose(1, 2).flatten(2)  # [b, t, np * hn]
+        gate = torch.sigmoid(wide(self.output_gate_proj(hidden_states)))
+        return self.o_proj((out * gate).to(dtype)), formed
+
+
+def _join_heads(sets: list[HeadSet], parts: list[torch.Tensor]) -> torch.Tensor:
+    """What the sets have for their query heads [b, some of np, ...], as one tensor [b, np, ...]."""
+    if len(sets) == 1:
+        return parts[0]
+    first = parts[0]
+    out = first.new_empty(len(first), sum(part.shape[1] for part in parts), *first.shape[2:])
+    for each, part in zip(sets, parts, strict=True):
+        out[:, each.queries] = part
+    return out
+
+
+class RatPlusMLP(nn.Module):
+    """Up-projection, exact GELU, down-projection; not gated."""
+
+    def __init__(self, config: RatPlusConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class RatPlusDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RatPlusConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = RatPlusAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = RatPlusMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [b, t, h] -> [b, t, h], and the attention weights; attention_kwargs as RatPlusAttention.forward takes them."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
