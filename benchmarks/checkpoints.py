@@ -171,11 +171,11 @@ class _Watch:
     @contextmanager
     def host_memory(self) -> Iterator[None]:
         """The most memory of the machine in use meanwhile, beyond that before; files on a RAM disk do not count."""
-        before = psutil.virtual_memory().used
+        before = _in_use()
 
         def look() -> None:
             while not self._done.wait(0.1):
-                self.host_bytes = max(self.host_bytes, psutil.virtual_memory().used - before)
+                self.host_bytes = max(self.host_bytes, _in_use() - before)
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -184,6 +184,11 @@ class _Watch:
         finally:
             self._done.set()
             thread.join()
+
+
+def _in_use() -> int:
+    memory = psutil.virtual_memory()
+    return memory.used - memory.shared
 
 
 @contextmanager
