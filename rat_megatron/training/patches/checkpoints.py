@@ -8,7 +8,10 @@ import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from rat_megatron.files import DISK_FULL, atomic_file
 from rat_megatron.training.monitoring.weights import all_finite
 
 _TRIED_BYTES = 16 << 20
+_READERS = 8
 
 
 def without_strides(load_tensors_metadata: Callable) -> Callable:
@@ -151,6 +155,19 @@ def of_a_living_writer(is_done: Callable) -> Callable:
         return is_done(self, blocking, no_dist)
 
     return check
+
+
+def in_threads(read_data: Callable) -> Callable:
+    """Wraps torch's ``FileSystemReader.read_data``: threads share the tensors of a plan out; reading and copying let the others run."""
+
+    def read(self: Any, plan: Any, planner: Any) -> Any:
+        shares = [replace(plan, items=plan.items[start::_READERS]) for start in range(_READERS)]
+        with ThreadPoolExecutor(_READERS) as threads:
+            # A planner may note which tensor it is about to load, so that each thread has one; what they load into is the same.
+            done = list(threads.map(lambda share: read_data(self, share, copy(planner)), shares))
+        return done[0]
+
+    return read
 
 
 def with_files_checked(load_base_checkpoint: Callable) -> Callable:
