@@ -40,6 +40,7 @@ def runs(tmp_path_factory) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]
             "--profile",
         ],
         "layouts": [*torchrun, "-m", "benchmarks.layouts", "--only", "cp2-p2p"],
+        "checkpoints": [*torchrun, "-m", "benchmarks.checkpoints", "--only", "rows", "--folder", str(folder)],
     }
     started = {}
     for name, command in commands.items():
@@ -144,3 +145,10 @@ def test_layouts(runs):
     assert len(layout["exchange"]) == 2 and all(0 < share < 1 for share in layout["exchange"])
     assert set(results["one GPU"]) == {"bf16", "FP8"} and len(layout["losses"]) == 4
     assert "cp2-p2p" in printed and os.path.exists(runs["layouts"][1])
+
+
+def test_checkpoints(runs):
+    results, printed = result(runs, "checkpoints")
+    figures = results["modes"]["rows"]
+    assert 0 < figures["stall"] <= figures["whole"] and all(figures[name] > 0 for name in ("load", "tp2", "pp2", "gigabytes"))
+    assert "rows" in printed and list(runs["checkpoints"][1].parent.glob("*/iter_*")) == []

@@ -173,6 +173,7 @@ def test_the_example_learns_answers_and_reports_their_loss_alone(one_iteration, 
     picked = [samples[index * len(samples) // 32] for index in range(32)]  # one evaluation iteration, at even distances
     tokens, places = (torch.tensor(column) for column in zip(*picked, strict=True))
     model = RatPlusForCausalLM.from_pretrained(tmp_path / "run" / "hf", dtype=torch.float32)
+    first_weights = (tmp_path / "run" / "hf" / "model.safetensors").read_bytes()
     assert model.config.attention_pattern == "d16s4"
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits
@@ -181,3 +182,8 @@ def test_the_example_learns_answers_and_reports_their_loss_alone(one_iteration, 
     reported = json.loads((tmp_path / "run/checkpoints/report.json").read_text())["patterns"]["d16s4"]
     assert float(torch.cat(answers).mean()) == pytest.approx(reported, abs=2e-5)
     assert abs(float(token_losses.mean()) - reported) > 0.1
+
+    again = subprocess.run(command, env=pretrain_environment() | settings, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-4000:]
+    weights = (tmp_path / "run" / "hf" / "model.safetensors").read_bytes()
+    assert weights == first_weights and sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "data", "hf"]
