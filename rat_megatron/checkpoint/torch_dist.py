@@ -126,6 +126,7 @@ class TorchDistCheckpoint:
         self._reader = FileSystemReader(folder)
         self._metadata = _read_metadata(folder / ".metadata")
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._check_lengths()
         stored = self._metadata.state_dict_metadata
         self.tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -157,6 +158,18 @@ class TorchDistCheckpoint:
             raise UserError(f"{self.folder} holds only parts of {key}: the checkpoint is damaged")
         self._read(items, destination)
         return destination.value if index is None else destination.value[0]
+
+    def _check_lengths(self) -> None:
+        """Raises UserError for the first file that is shorter than what it holds: older checkpoints have no hashes."""
+        ends: dict[str, int] = {}
+        for place in self._metadata.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in sorted(ends.items()):
+            path = self.folder / name
+            if not path.is_file():
+                raise UserError(f"{path} is missing: the checkpoint is incomplete")
+            if (size := path.stat().st_size) < end:
+                raise UserError(f"{path} is damaged, it has {size} bytes instead of {end}: resume from another iteration")
 
     def _read(self, items: list[ReadItem], destination: DefaultLoadPlanner) -> None:
         try:

@@ -135,6 +135,15 @@ def test_damage_is_named_with_the_newest_whole_iteration(copy, refusal, damage):
         assert f"write 2 into {copy / TRACKER_NAME}" in sentence
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damage_of_a_checkpoint_without_hashes_is_named(copy, refusal, damage):
+    (copy / "iter_0000004" / HASHES_NAME).unlink()
+    file = copy / "iter_0000004" / "__0_0.distcp"
+    os.truncate(file, file.stat().st_size - 1000) if damage == "cut" else file.unlink()
+    for flags in (["--save", copy], ["--load", copy], ["--pretrained-checkpoint", copy]):
+        assert f"{file} is {'damaged, it has' if damage == 'cut' else 'missing'}" in refusal(*flags)
+
+
 @pytest.mark.parametrize("content", ["", "ten", "7", "{", "\0", "-2"])
 def test_a_tracker_that_names_nothing_ends_the_run(copy, refusal, content):
     (copy / TRACKER_NAME).write_text(content)
