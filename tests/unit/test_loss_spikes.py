@@ -139,11 +139,12 @@ def test_a_jump_is_logged_with_the_samples_of_its_batch(tiny_data, tmp_path):
 
 
 def test_a_jump_to_infinity_is_one(tiny_data, tmp_path):
-    """Where Megatron does not look, the run goes on, and its note says what the loss was."""
+    """Where Megatron does not look, the run goes on, and its note says what the loss was; the weights that come of it are not saved."""
     fault = f"output = output / (loss_mask == 0) if count == {4 * 51 + 4} else output"
     flags = ["--train-iters", 53, "--no-check-for-nan-in-loss-and-grad", *NO_EVALUATION]
     result = run_faulty(tiny_data, tmp_path, 4 * 51 + 4, fault, *flags)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "the weights are not finite after iteration 53, which is therefore not saved" in result.stderr
     assert re.search(r"lm loss jumped from [\d.]+ to inf at iteration 52\n", result.stdout)
     note = json.loads((tmp_path / "suspicious_samples" / "iteration-0000052-jump-lm-loss.json").read_text())
     assert note["loss"] == "inf" and note["running_mean"] > 1 and len(note["sample_ids"]) == 4

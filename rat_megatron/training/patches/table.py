@@ -154,12 +154,11 @@ def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
             training, "save_checkpoint", checkpoints.one_at_a_time,
             "With --async-save a second save would begin beside the first: twice the host memory, and two half iterations if it fails.",
         ),
-        Patch(
-            PersistentAsyncCaller, "is_current_async_call_done", checkpoints.of_a_living_writer,
-            "Megatron would wait for ever for the process of --async-save where it has been killed.",
-        ),
         Patch(training, "load_checkpoint", partial(checkpoints.with_finite_weights, args=args), "The same, of older checkpoints."),
     ]  # fmt: skip
+    if args.async_save:
+        why = "Megatron would wait for ever for the process that writes, where that has been killed."
+        rows += [Patch(PersistentAsyncCaller, "is_current_async_call_done", checkpoints.of_a_living_writer, why)]
     if watchdog:
         rows += [Patch(training, "save_checkpoint_and_time", watchdog.beating, "Saving takes long without a microbatch.")]
     return rows
