@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.checkpoints [--only MODE...] [--folder /dev/shm] [--runs-log FILE] [--json FILE]
 
-"rows" is what a run does (rat_megatron/checkpoint/optimizer_rows.py) and "rows-async" the same with --async-save; "megatron" is Megatron's
+"rows-async" is what a run does (rat_megatron/checkpoint/optimizer_rows.py) and "rows" the same with --no-async-save; "megatron" is Megatron's
 own way of writing the same format, and "megatron-dp" its default, which loads at the same TP and PP only. Of two saves in a run the second
-counts, when buffers are there. "stall" is what the save takes from training on the slowest rank, waiting and finishing included; "whole" is
+counts, when buffers are there; of the first, the stall is told too. "stall" is what the save takes from training on the slowest rank, waiting and finishing included; "whole" is
 the time until the tracker names the new checkpoint. Loading includes the comparison of hashes. GB/s is of the bytes that a rank writes.
 --tiny tries it all over gloo.
 """
@@ -77,7 +77,7 @@ def _measure(mode: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
     save, watch = folder / mode, _Watch(folder / mode)
     flags = [*(TINY_MODEL if args.tiny else MODEL), *common_flags(folder / "data", 3 * interval, args.tiny)]
     flags += f"--seq-length {64 if args.tiny else 1024} --micro-batch-size 1 --global-batch-size 4 --seed 5 --save {save}".split()
-    flags += ["--use-distributed-optimizer", "--save-interval", str(interval), *["--async-save"] * background]
+    flags += ["--use-distributed-optimizer", "--save-interval", str(interval), "--async-save" if background else "--no-async-save"]
     with _mode(mode):
         with _observed(watch):
             megatron_runs.run(flags, watch.between, args.runs_log)
@@ -85,7 +85,12 @@ def _measure(mode: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
         loads = {"load": _load(flags, save, [], args)}
         for name, words in _RESHARDED.items() if mode != "megatron-dp" else ():
             loads[name] = _load(flags, save, words.split(), args)
-    mine = {"stall": watch.stalls[1], "whole": watch.whole[1], "host_gigabytes": watch.host_bytes / 1e9} | loads
+    mine = {
+        "first_stall": watch.stalls[0],
+        "stall": watch.stalls[1],
+        "whole": watch.whole[1],
+        "host_gigabytes": watch.host_bytes / 1e9,
+    } | loads
     every: list[Any] = [None] * dist.get_world_size()
     _again()
     dist.all_gather_object(every, mine)
@@ -109,7 +114,7 @@ def _load(flags: list[str], save: Path, layout: list[str], args: argparse.Namesp
     from megatron.training import training
 
     with applied([Patch(training, "setup_model_and_optimizer", noting, "How long loading takes.")]):
-        megatron_runs.run([word for word in flags if word != "--async-save"] + layout, log=args.runs_log)
+        megatron_runs.run([*flags, "--no-async-save", *layout], log=args.runs_log)
     return seconds[0]
 
 
@@ -170,12 +175,13 @@ class _Watch:
 
     @contextmanager
     def host_memory(self) -> Iterator[None]:
-        """The most memory of the machine in use meanwhile, beyond that before; files on a RAM disk do not count."""
-        before = _in_use()
+        """The most memory of the machine in use meanwhile, beyond that before; the files of a RAM disk do not count."""
+        disk = self._tracker.parent.parent
+        before = _in_use(disk)
 
         def look() -> None:
             while not self._done.wait(0.1):
-                self.host_bytes = max(self.host_bytes, _in_use() - before)
+                self.host_bytes = max(self.host_bytes, _in_use(disk) - before)
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -186,9 +192,9 @@ class _Watch:
             thread.join()
 
 
-def _in_use() -> int:
+def _in_use(folder: Path) -> int:
     memory = psutil.virtual_memory()
-    return memory.used - memory.shared
+    return memory.total - memory.available - psutil.disk_usage(str(folder)).used  # files on a RAM disk
 
 
 @contextmanager
@@ -230,7 +236,7 @@ def _mode(mode: str) -> Iterator[None]:
 
 
 def _line(mode: str, figures: dict[str, Any]) -> str:
-    line = f"{mode:12} stall {figures['stall']:6.2f} s  whole {figures['whole']:6.2f} s"
+    line = f"{mode:12} stall {figures['stall']:6.2f} s (the first {figures['first_stall']:.2f} s)  whole {figures['whole']:6.2f} s"
     line += f"  {figures['gigabytes_per_second_a_rank']:5.2f} GB/s a rank  load {figures['load']:6.2f} s"
     line += "".join(f"  at {name} {figures[name]:6.2f} s" for name in _RESHARDED if name in figures)
     return line + f"  host memory +{figures['host_gigabytes']:.1f} GB  ({figures['gigabytes']:.3g} GB)"

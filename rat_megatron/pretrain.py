@@ -28,6 +28,7 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
+from rat_megatron.checkpoint.retention import keep_source  # noqa: E402
 from rat_megatron.checkpoint.run_marker import clear_finished, mark_finished  # noqa: E402
 from rat_megatron.model.config import rat_model_config_from_args  # noqa: E402
 from rat_megatron.training.arguments import parse_arguments  # noqa: E402
@@ -51,6 +52,7 @@ def main() -> None:
         if ON_CPU:
             patches += cpu_patches(args.async_save)
         clear_finished(args.save)
+        keep_source(args)
         step = watchdog.beating(forward_step) if watchdog else forward_step
         alone = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()  # plain python needs no rendezvous
         with applied(patches):

@@ -9,7 +9,8 @@
 #   RAT_HOME             this repository; default: where sbatch was called
 #   VENV                 virtual environment; default: $RAT_HOME/.venv
 #   CONTAINER_IMAGE      a container instead of it (Pyxis: srun --container-image), with CONTAINER_MOUNTS besides RAT_HOME and OUTPUT
-#   CHECKPOINT_SECONDS   time that a checkpoint may take, kept free before the job's limit; as in the #SBATCH --signal line. Default 600
+#   CHECKPOINT_SECONDS   time that the end of the program with its last checkpoint may take, kept free before the job's limit. Default: twice
+#                        what the last checkpoint took and two minutes; 600 where there is none
 #   NODE_CACHE           folder of each node that must be writable, for downloaded shards
 #   MAX_RESTARTS         restarts in a row without a new checkpoint, after which the job fails. Default 3
 set -euo pipefail
@@ -17,7 +18,6 @@ set -euo pipefail
 : "${OUTPUT:?set OUTPUT to a folder that all nodes share}"
 RAT_HOME=${RAT_HOME:-$SLURM_SUBMIT_DIR}
 VENV=${VENV:-$RAT_HOME/.venv}
-CHECKPOINT_SECONDS=${CHECKPOINT_SECONDS:-600}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 attempt=${SLURM_RESTART_COUNT:-0}
 logs=$OUTPUT/logs/$SLURM_JOB_ID-$attempt
@@ -28,8 +28,11 @@ say() { echo "$(date '+%F %T') launch: $*"; }
 
 main() {
     # Slurm sends USR1 ahead of the time limit (#SBATCH --signal), and TERM when it preempts the job: save, and end.
-    trap 'say "signal: asking every rank for a checkpoint"; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1 TERM
+    trap stop_at_limit USR1
+    trap stop TERM
+    CHECKPOINT_SECONDS=${CHECKPOINT_SECONDS:-$(checkpoint_seconds)}
     say "job $SLURM_JOB_ID, start $((attempt + 1)), $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), logs in $logs"
+    say "$CHECKPOINT_SECONDS seconds before the limit are kept free for the last checkpoint"
     set_environment
     check_nodes
     before=$(iteration)
@@ -121,6 +124,23 @@ run_program() {
     local step=$!
     while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a signal interrupts the wait
     wait "$step"                                                     # the shell remembers how it ended
+}
+
+stop() {
+    say "signal: asking every rank for a checkpoint"
+    scancel --signal=TERM "$SLURM_JOB_ID" || true
+}
+
+# When no more than CHECKPOINT_SECONDS are left. The program looks at the clock itself (--exit-duration-in-mins); this is for one that does not.
+stop_at_limit() {
+    local early=$(($(seconds_left) - CHECKPOINT_SECONDS))
+    if [ "$early" -le 0 ]; then stop; else (sleep "$early" && stop) & fi
+}
+
+checkpoint_seconds() {
+    local last
+    last=$(cat "${CHECKPOINTS:-/nowhere}/checkpoint_seconds" 2>/dev/null || true)
+    if [ -n "$last" ]; then awk -v last="$last" 'BEGIN {print int(2 * last) + 120}'; else echo 600; fi
 }
 
 seconds_left() {

@@ -23,6 +23,7 @@ import torch
 import xxhash
 
 from rat_megatron.checkpoint import TRACKER_NAME
+from rat_megatron.checkpoint.host_copy import HostCopy
 from rat_megatron.errors import UserError, one_line
 from rat_megatron.files import write_json
 
@@ -47,11 +48,10 @@ def write_hashes(folder: Path) -> None:
     _gather(None)  # nobody goes on to move the tracker before the file is there
 
 
-def write_and_hash(write: Callable, folder: Path, *args: Any, **kwargs: Any) -> None:
+def write_and_hash(write: Callable, folder: Path, rank: int, copy: HostCopy, results: Any) -> None:
     """A rank's writing of its files, in the process of --async-save: hashed there too, so that training need not wait for it."""
     _die_with_parent()
-    write(*args, **kwargs)
-    rank = args[0]
+    write(rank, copy.in_place(), results)
     with suppress(OSError):  # a full disk, which the writer has noted: training ends when it hears of it
         write_json(_of_rank(folder, rank), _facts_of([path for path in folder.glob("*.distcp") if _writer(path) == rank]))
 

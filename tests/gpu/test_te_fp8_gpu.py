@@ -141,7 +141,7 @@ def hooks(monkeypatch):
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from megatron.core.models.gpt import GPTModel
 
-    from rat_megatron.training.patches import checkpoints as hooks
+    from rat_megatron.training.patches import loading as hooks
 
     load_metadata = hooks.without_strides(TorchDistLoadShardedStrategy.load_tensors_metadata)
     determine = validation._determine_missing_and_unexpected_keys

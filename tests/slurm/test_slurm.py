@@ -136,7 +136,7 @@ def test_requeue_lost_rank_and_lost_node_lead_to_the_losses_of_an_uninterrupted_
 
 def test_a_limit_of_a_minute_leads_to_a_checkpoint_a_requeue_and_the_same_losses(cluster, data, uninterrupted, tmp_path):
     sbatch = [*TWO_NODES[:-1], "--time=1", "--signal=B:USR1@1"]  # Slurm looks every half minute, so it signals up to that much earlier
-    job = submit_training(cluster, tmp_path, data, "--save-interval", "1000", sbatch=sbatch)
+    job = submit_training(cluster, tmp_path, data, "--save-interval", "1000", sbatch=sbatch, CHECKPOINT_SECONDS=40)
     wait_for(lambda: last_iteration(tmp_path) >= 2 or "signal: asking" in log(tmp_path), 90, "the second iteration")
     held = tasks("n2")  # until the limit is near, lest the run finishes before
     for process in held:
@@ -165,8 +165,11 @@ def test_a_rank_that_hangs_ends_the_start_with_the_stacks_of_the_others(cluster,
 def test_one_node_goes_on_where_two_stopped(cluster, data, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("12")
-    job = submit_training(cluster, tmp_path, data, sbatch=["--nodes=1", *TWO_NODES[1:]])
+    (tmp_path / "checkpoints/checkpoint_seconds").write_text("45.5\n")
+    job = submit_training(cluster, tmp_path, data, sbatch=["--nodes=1", *TWO_NODES[1:]], CHECKPOINT_SECONDS="")
     assert wait_for_end(cluster, job, tmp_path) == "COMPLETED", log(tmp_path)
+    assert "211 seconds before the limit are kept free" in log(tmp_path) and "--exit-duration-in-mins 16" in log(tmp_path)
+    assert float((tmp_path / "checkpoints/checkpoint_seconds").read_text()) < 45  # of the last save
     expected = losses(uninterrupted)["lm loss"]
     assert losses(tmp_path)["lm loss"] == pytest.approx({n: loss for n, loss in expected.items() if n > 12}, rel=1e-4)
 

@@ -40,6 +40,22 @@ def test_preset_fills_what_is_not_given_and_the_command_line_wins(check, tiny_da
     assert derived["rat_arl_pattern"] == "d64" and derived["rat_eval_patterns"] == ["dense"]
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
+def test_a_number_of_checkpoints_is_one_or_more(check, number):
+    with pytest.raises(UserError, match=f"'{number}' is no number of checkpoints: give 1 or more"):
+        check("--rat-preset", "tiny", "--rat-keep-checkpoints", number)
+
+
+def test_saves_in_the_background_are_megatrons_own(check, tiny_data, tmp_path):
+    flags = ["--rat-preset", "tiny", "--seq-length", 64, "--data-path", tiny_data]
+    saving = check(*flags, "--save", tmp_path, "--async-save")[1]
+    assert saving["use_persistent_ckpt_worker"] and saving["async_strategy"] == "mcore" and "async_save" not in saving
+    assert check(*flags)[1]["async_save"] is False  # nothing is saved
+    assert not check(*flags, "--save", tmp_path, "--no-async-save")[0].async_save
+    with pytest.raises(UserError, match="--async-strategy nvrx would write checkpoints without hashes"):
+        check(*flags, "--async-strategy", "nvrx")
+
+
 @pytest.mark.parametrize("preset, lr, steps, batch", [("1.5b", 8e-5, 476, 512), ("2.6b", 7e-5, 381, 640), ("7.6b", 2e-5, 317, 768)])
 def test_adaptation_has_its_own_recipe(check, one_iteration, tiny_data, preset, lr, steps, batch):
     with pytest.raises(UserError, match="holds samples of 64 tokens"):

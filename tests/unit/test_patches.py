@@ -85,7 +85,7 @@ def test_megatron_still_stumbles_over_strides_in_checkpoint_metadata(one_iterati
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
     from rat_megatron.checkpoint.torch_dist import find_iteration
-    from rat_megatron.training.patches.checkpoints import without_strides
+    from rat_megatron.training.patches.loading import without_strides
 
     original, strategy = TorchDistLoadShardedStrategy.load_tensors_metadata, TorchDistLoadShardedStrategy()
     with pytest.raises(TypeError, match="strides"):  # when this passes, the patch can go
@@ -94,7 +94,7 @@ def test_megatron_still_stumbles_over_strides_in_checkpoint_metadata(one_iterati
 
 
 def test_states_of_ranks_may_be_missing():
-    from rat_megatron.training.patches.checkpoints import without_what_is_left_out
+    from rat_megatron.training.patches.loading import without_what_is_left_out
 
     missing = {"rng_state", "rerun_state_machine_state", "optimizer.state.exp_avg.x", "decoder.weight"}
     determine = lambda *_: (missing, {"unexpected"})  # noqa: E731
@@ -130,7 +130,7 @@ def test_a_checkpoint_may_lack_the_state_of_fp8_and_nothing_else(gpt_model, tmp_
     from torch.distributed.checkpoint.api import CheckpointException
 
     from rat_megatron.errors import UserError
-    from rat_megatron.training.patches import checkpoints as hooks
+    from rat_megatron.training.patches import loading as hooks
 
     saved, loaded = gpt_model(), gpt_model()
     state = {key: value for key, value in saved.sharded_state_dict().items() if not key.endswith(left_out)}
@@ -217,9 +217,13 @@ def test_a_state_with_steps_of_its_own_changes_no_parameter():
 def test_tracker_is_replaced_whole_or_left_alone(tmp_path):
     from megatron.core.msc_utils import maybe_msc
 
-    from rat_megatron.training.patches.checkpoints import AtomicTracker
+    from rat_megatron.training.patches.saving import AtomicTracker
 
-    tracker, access = tmp_path / "latest_checkpointed_iteration.txt", AtomicTracker(maybe_msc)
+    told: list = []
+    tracker, access = (
+        tmp_path / "latest_checkpointed_iteration.txt",
+        AtomicTracker(maybe_msc, lambda folder: told.append((folder, tracker.read_text()))),
+    )
     tracker.write_text("10")
     with access.open(str(tracker), "w") as file:
         file.write("20")
@@ -228,17 +232,17 @@ def test_tracker_is_replaced_whole_or_left_alone(tmp_path):
     assert tracker.read_text() == "20"
     with pytest.raises(KeyboardInterrupt), access.open(str(tracker), "w"):
         raise KeyboardInterrupt
-    assert tracker.read_text() == "20" and list(tmp_path.iterdir()) == [tracker]
+    assert tracker.read_text() == "20" and list(tmp_path.iterdir()) == [tracker] and told == [(tmp_path, "20")]
     with pytest.raises(KeyboardInterrupt), maybe_msc.open(str(tracker), "w"):
         raise KeyboardInterrupt
     assert tracker.read_text() == ""  # as Megatron leaves it; when this fails, the patch can go
 
 
 def test_the_tracker_of_a_store_is_left_to_megatron(tmp_path, monkeypatch):
-    from rat_megatron.training.patches.checkpoints import AtomicTracker
+    from rat_megatron.training.patches.saving import AtomicTracker
 
     opened = []
-    access = AtomicTracker(Namespace(open=lambda *words, **_: opened.append(words)))
+    access = AtomicTracker(Namespace(open=lambda *words, **_: opened.append(words)), opened.append)
     monkeypatch.chdir(tmp_path)
     access.open("msc://bucket/run/latest_checkpointed_iteration.txt", "w")
     access.open("msc://bucket/run/latest_checkpointed_iteration.txt", "r")

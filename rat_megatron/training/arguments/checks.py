@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.training.utils import has_nvrx_checkpointing_async_support
 
 from rat_megatron.errors import UserError
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.arguments import presets
 from rat_megatron.training.arguments.data import check_data
+from rat_megatron.training.arguments.flags import given
 from rat_megatron.training.arguments.fp8 import check_fp8
 from rat_megatron.training.arguments.layout import check_dilations, check_layout, check_ranks
 from rat_megatron.training.arguments.outputs import check_outputs
@@ -39,8 +39,9 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
             derived["rerun_mode"] = "disabled"
     if args.async_save:
         derived["use_persistent_ckpt_worker"] = True  # without it Megatron would save in the foreground
-        if args.async_strategy == "nvrx" and not has_nvrx_checkpointing_async_support():
-            derived["async_strategy"] = "mcore"
+        derived["async_strategy"] = "mcore"
+    if not (args.save and args.save_interval):
+        derived["async_save"] = False  # the writer would wait for nothing
     check_checkpoints(args, derived)
     return derived
 
@@ -73,6 +74,8 @@ def _check_features(args: Namespace) -> None:
         raise UserError("--init-model-with-meta-device gives weights no values but with Megatron's FSDP: leave it out")
     if args.rerun_mode == "report_stats":  # the parser's word for what is called report_determinism_stats inside
         raise UserError("--rerun-mode report_stats is not known to Megatron itself: give validate_results or disabled")
+    if given("--async-strategy") == "nvrx":
+        raise UserError("--async-strategy nvrx would write checkpoints without hashes: leave it out")
     if args.rampup_batch_size or args.step_batch_size_schedule:
         raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
     if args.dataloader_type != "external" or args.mock_data:

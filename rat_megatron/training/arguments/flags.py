@@ -54,6 +54,14 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
         type=float,
         help="Without progress for so long, every rank shows its stack and the run ends. Default: it waits.",
     )
+    group.add_argument(
+        "--rat-keep-checkpoints",
+        type=_positive,
+        help="Keep this many of the last checkpoints, every --save-retain-interval-th, and those that other runs start from. Default: all.",
+    )
+    group.add_argument(
+        "--no-async-save", action="store_false", dest="async_save", help="Training waits until a checkpoint is written, as on a CPU."
+    )
     add_fp8_args(group)
 
     parser.error = _refuse  # type: ignore[method-assign, assignment]
@@ -88,6 +96,12 @@ def _size(word: str) -> int:
         raise argparse.ArgumentTypeError(f"'{word}' is no size: write 500gb, 2tb, ...") from None
 
 
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"'{word}' is no number of checkpoints: give 1 or more, or leave it out to keep all")
+    return int(word)
+
+
 def _refuse(message: str) -> None:
     raise UserError(message)
 
@@ -107,7 +121,8 @@ def _platform_defaults() -> dict[str, Any]:
     """What this machine can do: Transformer Engine on a GPU that has it, Megatron's local layers elsewhere."""
     cuda = torch.cuda.is_available()
     apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
-    defaults: dict[str, Any] = {"gradient_accumulation_fusion": cuda and (HAVE_TE or apex)}
+    # Saving in the background is a process more for each rank, which on a CPU takes longer to start than the tiny models take to save.
+    defaults: dict[str, Any] = {"gradient_accumulation_fusion": cuda and (HAVE_TE or apex), "async_save": cuda}
     if not (cuda and HAVE_TE):
         defaults |= {
             "transformer_impl": "local",

@@ -28,7 +28,7 @@ from rat_megatron.training.monitoring.flops import iteration_flops
 from rat_megatron.training.monitoring.loss_spikes import noting_spikes
 from rat_megatron.training.monitoring.metrics import RunMetrics, a_line_an_interval
 from rat_megatron.training.monitoring.watchdog import Watchdog
-from rat_megatron.training.patches import Patch, checkpoints, fused, optimizer
+from rat_megatron.training.patches import Patch, fused, loading, optimizer, saving
 
 
 def megatron_patches(
@@ -114,51 +114,57 @@ def _kernels(args: Namespace) -> list[Patch]:
 
 
 def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
-    missing = "_determine_missing_and_unexpected_keys"
+    missing, saves = "_determine_missing_and_unexpected_keys", saving.Saves(args)
     rows = [
         Patch(
-            TorchDistLoadShardedStrategy, "load_tensors_metadata", checkpoints.without_strides,
+            TorchDistLoadShardedStrategy, "load_tensors_metadata", loading.without_strides,
             "Checking a checkpoint's keys (--dist-ckpt-strictness) fails on the strides that newer versions of torch note beside them.",
         ),
         Patch(
-            validation, missing, partial(checkpoints.without_what_is_left_out, args=args),
+            validation, missing, partial(loading.without_what_is_left_out, args=args),
             "--dist-ckpt-strictness raise_all refuses a checkpoint of another layout for states of ranks that Megatron itself leaves out.",
         ),
         Patch(
-            validation, missing, partial(checkpoints.lacking_fp8_state_only, args=args),
+            validation, missing, partial(loading.lacking_fp8_state_only, args=args),
             "FP8's state is the one thing that a checkpoint may lack, or have too much: it was written in bf16, by other layers, or the "
             "other way round. Megatron would load whatever fits, after an error in silence.",
         ),
-        Patch(GPTModel, "load_state_dict", checkpoints.with_weights_whole, "The same, where the state meets the model."),
+        Patch(GPTModel, "load_state_dict", loading.with_weights_whole, "The same, where the state meets the model."),
         Patch(
-            training, "save_checkpoint_and_time", partial(checkpoints.unless_saved, args=args),
+            training, "save_checkpoint_and_time", partial(saving.unless_saved, args=args),
             "A finished run that is started again, or one that ends after a NaN, would write its last checkpoint over itself, and a kill "
             "meanwhile would lose it.",
         ),
         Patch(
-            checkpointing, "maybe_msc", checkpoints.AtomicTracker,
-            "A kill between opening and writing the tracker file would leave it empty, and with it no checkpoint to resume from.",
+            checkpointing, "maybe_msc", saves.noting_the_latest,
+            "A kill between opening and writing the tracker file would leave it empty, and with it no checkpoint to resume from. Older "
+            "iterations go once it is written.",
         ),
         Patch(
-            checkpointing.dist_checkpointing, "save", checkpoints.with_hashes,
+            checkpointing.dist_checkpointing, "save", saves.with_hashes,
             "Files that are damaged later would load as weights: --verify-integrity hashes on one rank alone, and refuses older ones. "
-            "A full disk would leave half an iteration and a traceback.",
+            "A full disk would leave half an iteration and a traceback. With --async-save, Megatron's writer reads the device's memory, "
+            "which it cannot with expandable segments, and training changes host memory while it is written.",
         ),
-        Patch(FileSystemReader, "read_data", checkpoints.in_threads, "torch reads one tensor after the other, at about 1 GB/s."),
-        Patch(checkpointing, "_load_global_dist_base_checkpoint", checkpoints.with_files_checked, "The hashes are compared."),
+        Patch(FileSystemReader, "read_data", loading.in_threads, "torch reads one tensor after the other, at about 1 GB/s."),
+        Patch(checkpointing, "_load_global_dist_base_checkpoint", loading.with_files_checked, "The hashes are compared."),
         Patch(
-            training, "save_checkpoint", partial(checkpoints.of_finite_weights, args=args),
+            training, "save_checkpoint", partial(saving.of_finite_weights, args=args),
             "Weights that are not finite would become the latest checkpoint, and every run from it would end the same way.",
         ),
         Patch(
-            training, "save_checkpoint", checkpoints.one_at_a_time,
-            "With --async-save a second save would begin beside the first: twice the host memory, and two half iterations if it fails.",
+            training, "save_checkpoint", saves.one_at_a_time,
+            "With --async-save a second save would begin beside the first: twice the host memory, and two half iterations if it fails. A "
+            "host without memory for even one would have the run killed.",
         ),
-        Patch(training, "load_checkpoint", partial(checkpoints.with_finite_weights, args=args), "The same, of older checkpoints."),
+        Patch(training, "load_checkpoint", partial(loading.with_finite_weights, args=args), "The same, of older checkpoints."),
     ]  # fmt: skip
+    if args.save_retain_interval:
+        why = "Megatron would leave half of an iteration where it is killed, and remove one that another run started from."
+        rows += [Patch(checkpointing, "_async_delete_checkpoint_impl", lambda _: saving.nothing, why)]
     if args.async_save:
         why = "Megatron would wait for ever for the process that writes, where that has been killed."
-        rows += [Patch(PersistentAsyncCaller, "is_current_async_call_done", checkpoints.of_a_living_writer, why)]
+        rows += [Patch(PersistentAsyncCaller, "is_current_async_call_done", saving.of_a_living_writer, why)]
     if watchdog:
         rows += [Patch(training, "save_checkpoint_and_time", watchdog.beating, "Saving takes long without a microbatch.")]
     return rows

@@ -1,0 +1,118 @@
+"""The copy in host memory that a checkpoint is written from while training goes on, in memory that the writing process shares.
+
+Megatron has its writer read the device's memory through CUDA's handles between processes. Those are not to be had of expandable segments
+(PYTORCH_CUDA_ALLOC_CONF, as slurm/launch.sh sets it) nor in many containers; and the writer allocates anew at every save.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import torch
+
+_ALIGNMENT = 256  # bytes
+_THREADS = 8
+_PIECE = 256 << 20  # bytes that a thread touches at a time
+
+WriteBuckets = list[tuple[str, str, tuple[list, list]]]
+"""What Megatron's FileSystemWriterAsync writes: path, storage key, and (write item, data) pairs of bytes and of tensors, for each file."""
+
+
+class HostMemory:
+    """Memory of ``size`` bytes that the process it is sent to has too; pinned where there is CUDA."""
+
+    def __init__(self, size: int):
+        self.size, self._fd = size, os.memfd_create("checkpoint")  # no file of /dev/shm, which containers keep small
+        os.ftruncate(self._fd, size)
+        self._map = mmap.mmap(self._fd, size)
+        self.pinned = self._pin()
+        # Before the memory is unmapped: CUDA would copy from these pages whatever comes to lie at their addresses.
+        self._release = weakref.finalize(self, _release, self._fd, self._bytes().data_ptr() if self.pinned else None)
+        self._release.atexit = False
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        """A tensor in it, with a storage of just its size."""
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+
+    def close(self) -> None:
+        """Gives the memory back, once no tensor is left in it here and no other process has it."""
+        self._release()
+        self._map.close()
+
+    def __reduce__(self) -> tuple:
+        return _attached, (DupFd(self._fd), self.size)
+
+    def _bytes(self) -> torch.Tensor:
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _pin(self) -> bool:
+        """Touches every page, by several threads, and pins them: copies from the device are then as fast as its bus."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(torch.Tensor.zero_, self._bytes().split(_PIECE)))
+        return torch.cuda.is_available() and int(torch.cuda.cudart().cudaHostRegister(self._bytes().data_ptr(), self.size, 0)) == 0
+
+
+@dataclass
+class HostCopy:
+    """Buckets whose tensors lie in host memory; it can be sent to another process."""
+
+    memory: HostMemory
+    buckets: WriteBuckets  # places (offset, dtype, shape) where tensors were
+
+    def in_place(self) -> WriteBuckets:
+        """The buckets as they are written."""
+        return _with_tensors(self.buckets, lambda place: self.memory.tensor(*place))
+
+
+def copy_to_host(buckets: WriteBuckets, memory: HostMemory | None) -> HostCopy:
+    """Copies every tensor, from wherever it is, into ``memory``, or more where that is too small; at the end all has been copied."""
+    places: list[tuple[int, torch.dtype, torch.Size]] = []
+    end = 0
+
+    def place(tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size]:
+        nonlocal end
+        places.append((end, tensor.dtype, tensor.shape))
+        end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        return places[-1]
+
+    copied = _with_tensors(buckets, place)
+    if memory is None or memory.size < end:
+        if memory is not None:
+            memory.close()
+        memory = HostMemory(max(end, mmap.PAGESIZE))
+    tensors = [tensor for _, _, (_, pairs) in buckets for _, tensor in pairs]
+    for where, tensor in zip(places, tensors, strict=True):
+        memory.tensor(*where).copy_(tensor, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return HostCopy(memory, copied)
+
+
+def _with_tensors(buckets: WriteBuckets, change: Callable[[Any], Any]) -> WriteBuckets:
+    return [
+        (path, key, (in_bytes, [(item, change(tensor)) for item, tensor in in_tensors])) for path, key, (in_bytes, in_tensors) in buckets
+    ]
+
+
+def _attached(descriptor: Any, size: int) -> HostMemory:
+    memory = object.__new__(HostMemory)
+    fd = descriptor.detach()
+    memory.size, memory._map = size, mmap.mmap(fd, size)
+    os.close(fd)  # the map keeps it
+    return memory
+
+
+def _release(fd: int, pinned_at: int | None) -> None:
+    if pinned_at is not None:
+        torch.cuda.cudart().cudaHostUnregister(pinned_at)
+    os.close(fd)

@@ -1,0 +1,75 @@
+"""Which checkpoints stay on the disk: the last K, every N-th, those that other runs start from, and whole ones only."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rat_megatron.checkpoint import TRACKER_NAME
+from rat_megatron.checkpoint.hashes import unfinished
+from rat_megatron.checkpoint.retention import ADAPTED_NAME, remove_old
+from rat_megatron.training.patches.saving import SECONDS_NAME
+from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain
+
+FLAGS = [*MODEL_FLAGS, *TRAIN_FLAGS, "--rat-arl-pattern", "none", "--eval-iters", 0]
+
+
+def names(checkpoint: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in checkpoint.glob("iter_*"))
+
+
+def write(checkpoint: Path, *numbers: int, latest: int) -> None:
+    for number in numbers:
+        folder = checkpoint / f"iter_{number:07d}"
+        folder.mkdir()
+        (folder / "metadata.json").write_text("{}")
+        (folder / "__0_0.distcp").write_bytes(b"1")
+    (checkpoint / TRACKER_NAME).write_text(str(latest))
+
+
+def test_the_last_and_every_nth_stay(tmp_path):
+    write(tmp_path, *range(10, 130, 10), latest=120)
+    remove_old(tmp_path, 3, 40)
+    assert names(tmp_path) == [40, 80, 100, 110, 120]
+    remove_old(tmp_path, 1, None)
+    assert names(tmp_path) == [120]
+    remove_old(tmp_path, 1, None)
+    assert names(tmp_path) == [120] and not list(tmp_path.glob(".iter*"))
+
+
+def test_what_is_not_this_runs_past_stays(tmp_path):
+    write(tmp_path, 10, 20, 30, 40, 50, latest=30)  # 40 and 50: of before it went back to 30
+    (tmp_path / "iter_0000010" / ADAPTED_NAME).write_text("/runs/adapted\n")
+    unfinished(tmp_path / "iter_0000040").touch()
+    (tmp_path / "release").mkdir()
+    linked = tmp_path / "iter_0000015"
+    linked.symlink_to(tmp_path / "iter_0000010")
+    remove_old(tmp_path, 1, None)
+    assert names(tmp_path) == [10, 15, 30, 40, 50] and (tmp_path / "release").is_dir()
+
+
+def test_a_removal_that_was_cut_off_is_finished(tmp_path):
+    write(tmp_path, 10, 20, latest=20)
+    (tmp_path / "iter_0000010").rename(tmp_path / ".iter_0000010.removed")
+    (tmp_path / ".iter_0000010.removed" / "metadata.json").unlink()
+    remove_old(tmp_path, 2, None)
+    assert [path.name for path in sorted(tmp_path.glob("*iter*"))] == ["iter_0000020", TRACKER_NAME]
+
+
+@pytest.mark.slow
+def test_a_run_keeps_few_and_those_that_others_adapt(tiny_data, tmp_path):
+    run, adapted = tmp_path / "run", tmp_path / "adapted"
+    words = [*FLAGS, "--data-path", tiny_data, "--save-interval", 2, "--lr-decay-iters", 20, "--save", run]
+    pretrain(*words, "--train-iters", 6, "--rat-keep-checkpoints", 2)
+    assert names(run) == [4, 6] and float((run / SECONDS_NAME).read_text()) > 0
+    pretrain(*FLAGS, "--data-path", tiny_data, "--train-iters", 1, "--pretrained-checkpoint", run, "--ckpt-step", 4, "--save", adapted)
+    assert (run / "iter_0000004" / ADAPTED_NAME).read_text() == f"{adapted.resolve()}\n"
+    resume = ["--override-opt-param-scheduler", "--train-iters", 14, "--rat-keep-checkpoints", 1, "--save-retain-interval", 4]
+    pretrain(*words, *resume, "--async-save")
+    assert names(run) == [4, 8, 12, 14]
+    assert not list(run.glob(".iter*"))
+    shutil.rmtree(run / "iter_0000008")  # nothing that the tracker names, so the next run goes on
+    pretrain(*words, *resume[:1], "--train-iters", 16, "--save-retain-interval", 12)
+    assert names(run) == [4, 12, 16]
