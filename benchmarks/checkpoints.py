@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.checkpoints [--only MODE...] [--folder /dev/shm] [--runs-log FILE] [--json FILE]
 
-"rows-async" is what a run does (rat_megatron/checkpoint/optimizer_rows.py) and "rows" the same with --no-async-save; "megatron" is Megatron's
-own way of writing the same format, and "megatron-dp" its default, which loads at the same TP and PP only. Of two saves in a run the second
-counts, when buffers are there; of the first, the stall is told too. "stall" is what the save takes from training on the slowest rank, waiting and finishing included; "whole" is
-the time until the tracker names the new checkpoint. Loading includes the comparison of hashes. GB/s is of the bytes that a rank writes.
+"rows-async" is what a run does (rat_megatron/checkpoint/optimizer_rows.py) and "rows" the same with --no-async-save; "megatron" is
+Megatron's own way of writing the same format, and "megatron-dp" its default, which loads at the same TP and PP only. Of two saves in a run
+the second counts, when buffers are there; of the first, the stall is told too. "stall" is what the save takes from training on the slowest
+rank, waiting and finishing included; "whole" is the time until the tracker names the new checkpoint. Loading includes the comparison of
+hashes. GB/s is of the bytes that a rank writes.
 --tiny tries it all over gloo.
 """
 

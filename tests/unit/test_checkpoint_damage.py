@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +19,10 @@ import torch
 
 from rat_megatron.checkpoint import TRACKER_NAME
 from rat_megatron.checkpoint.hashes import HASHES_NAME, check_hashes, unfinished, write_hashes
-from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, latest_iteration
 from rat_megatron.convert import convert_to_hf
 from rat_megatron.errors import UserError
-from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain, pretrain_environment
+from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain, pretrain_command, pretrain_environment
 
 pytestmark = pytest.mark.slow
 
@@ -272,23 +274,46 @@ def test_a_full_disk_ends_in_a_sentence(tiny_data, small_disk, flags):
     check_hashes(small_disk / "iter_0000002")
 
 
-def test_saves_in_the_background_are_whole_and_killed_ones_are_not_the_latest(tiny_data, saved, tmp_path):
-    pretrain(*FLAGS, "--data-path", tiny_data, "--train-iters", 4, "--save", tmp_path / "whole", "--async-save")
-    for name in ("iter_0000002", "iter_0000004"):
-        folder, other = tmp_path / "whole" / name, saved / name
-        assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
-        check_hashes(folder)
-        one, two = TorchDistCheckpoint(folder), TorchDistCheckpoint(other)
-        assert one.tensors.keys() == two.tensors.keys()
-        assert all(torch.equal(one.read(key), two.read(key)) for key in one.tensors)
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two iterations hold the same tensors, the optimizer's too, bit by bit."""
+    check_hashes(one)
+    one, other = TorchDistCheckpoint(one), TorchDistCheckpoint(other)
+    return one.tensors.keys() == other.tensors.keys() and all(torch.equal(one.read(key), other.read(key)) for key in one.tensors)
 
-    kill = "import os, signal; result = decide(model, optimizer, scheduler, iteration, *rest); os.kill(os.getpid(), signal.SIGKILL)"
-    result = run_faulty(tiny_data, tmp_path / "killed", kill, "--async-save")
-    assert result.returncode == -9
-    assert (tmp_path / "killed" / TRACKER_NAME).read_text() == "2"
-    resume(tiny_data, tmp_path / "killed", "--async-save", check=True)
-    assert (tmp_path / "killed" / TRACKER_NAME).read_text() == "6"
-    check_hashes(tmp_path / "killed" / "iter_0000004")
+
+def test_saves_in_the_background_are_whole(tiny_data, saved, tmp_path):
+    pretrain(*FLAGS, "--data-path", tiny_data, "--train-iters", 4, "--save", tmp_path, "--async-save")
+    for name in ("iter_0000002", "iter_0000004"):
+        assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in (saved / name).iterdir()}
+        assert same_weights(tmp_path / name, saved / name)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGTERM)", "megatron.training.get_args().exit_duration_in_mins = 1e-9"])
+def test_a_signal_and_a_time_limit_wait_for_the_save_in_flight(tiny_data, tmp_path, end):
+    folder = tmp_path / "run"
+    result = run_faulty(tiny_data, folder, f"import os, signal, megatron.training; {end}", "--async-save", "--exit-signal-handler")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (folder / TRACKER_NAME).read_text() == "4" and not (folder / "finished").exists()
+    check_hashes(folder / "iter_0000004")
+
+
+def test_kills_at_random_moments_of_saves_lose_nothing(tiny_data, tmp_path):
+    """Killed three times while one save follows another, a run ends with the weights of one that was left alone."""
+    words = [*FLAGS, "--data-path", tiny_data, "--train-iters", 24, "--save-interval", 1]
+    killed, latest = tmp_path / "killed", 0
+    for _ in range(3):
+        with (tmp_path / "log").open("a") as log, subprocess.Popen(
+            pretrain_command(*words, "--save", killed, "--async-save"), env=pretrain_environment(), stdout=log, stderr=log
+        ) as process:  # fmt: skip
+            while process.poll() is None and int(latest_iteration(killed) or 0) < latest + 2:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.4))
+            process.kill()
+        latest = int(latest_iteration(killed))
+        check_hashes(killed / f"iter_{latest:07d}")
+    pretrain(*words, "--save", killed, "--async-save")
+    pretrain(*words, "--save", tmp_path / "alone", "--save-interval", 24)
+    assert same_weights(killed / "iter_0000024", tmp_path / "alone" / "iter_0000024")
 
 
 def test_a_writer_that_is_gone_ends_the_run(tiny_data, tmp_path):
