@@ -83,9 +83,10 @@ def steps_of_the_definition(before: dict[str, Tensor], gradients: list[dict[str,
 
 
 def largest_difference(before: dict[str, Tensor], expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float:
-    """Of the steps that the weights took, by relative norm."""
+    """Of the steps that the weights took, by relative norm; expected weights are rounded as the actual ones are."""
     assert before.keys() == expected.keys() == actual.keys()
-    return max(float((actual[name] - weight).norm() / (weight - before[name]).norm()) for name, weight in expected.items())
+    rounded = {name: weight.to(actual[name].dtype).double() for name, weight in expected.items()}
+    return max(float((actual[name].double() - weight).norm() / (weight - before[name]).norm()) for name, weight in rounded.items())
 
 
 def _muon(weight: Tensor, gradients: Iterable[Tensor], rows: list[int] | None) -> Tensor:

@@ -1,15 +1,15 @@
-"""Muon under parallel layouts: its steps against float64, runs against one rank, and checkpoints from layout to layout."""
+"""Muon under parallel layouts: its steps against float64, and runs that go from layout to layout against one rank."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from tests.distributed.layouts import tensors, train
-from tests.distributed.test_layouts import assert_same_losses
 from tests.muon_steps import largest_difference, steps_of_megatron, steps_of_the_definition
 
 TP2, PP2, CP2 = (["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--context-parallel-size", "2"])
@@ -41,38 +41,59 @@ def test_steps_are_those_of_the_definition(ranks, tp):
     from rat_megatron.training.patches.table import _optimizer
 
     with _parallel_state(tp):
-        before, gradients, after = steps_of_megatron(ranks / f"steps-tp{tp}", 2, _optimizer(Namespace(use_layer_wise_distributed_optimizer=False)), tp=tp)
+        before, gradients, after = steps_of_megatron(
+            ranks / f"steps-tp{tp}", 2, _optimizer(Namespace(use_layer_wise_distributed_optimizer=False)), tp=tp
+        )
     assert largest_difference(before, steps_of_the_definition(before, gradients), after) < 1e-5
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run of four iterations: two under one layout, then others that only load and save, then two under another."""
+
+    flags: list[str]
+    first: list[str]
+    between: dict[str, list[str]]
+    second: list[str]
+    tolerance: float
+
+
+COURSES = {
+    "whole": Course([], TP2 + SP + PP2, {"one rank": []}, CP2, 1e-4),
+    "layer-wise": Course(
+        ["--bf16"],
+        TP2 + LAYER_WISE,
+        {"pp2+cp2": PP2 + CP2 + LAYER_WISE, "one rank": LAYER_WISE, "pp2+vpp2+dp2": PP2 + VPP2 + LAYER_WISE},
+        LAYER_WISE,
+        2e-2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_runs_go_from_layout_to_layout_as_one_rank_does(ranks, data, start, name):
+    course, folder = COURSES[name], ranks / f"muon-{name}"
+    run = [*MUON, *course.flags, "--data-path", data, "--pretrained-checkpoint", start, "--lr-decay-iters", 4]
+    alone = train(folder / "alone", *run, "--train-iters", 4, alone=True)
+    assert alone.losses[3]["lm loss"] < alone.losses[0]["lm loss"] - 0.3
+    last = train(folder / "first", *run, *course.first, "--train-iters", 2)
+    losses, written = last.losses[:2], tensors(last.checkpoint)
+    assert sum("momentum_buffer" in key for key in written) == 4
+    for between, flags in course.between.items():
+        # At its last iteration already: loads, and writes what it loaded.
+        last = train(folder / between, *run, *flags, "--load", last.checkpoint, "--train-iters", 2, alone=between == "one rank")
+        again = tensors(last.checkpoint)
+        assert again.keys() == written.keys()
+        different = [key for key, tensor in written.items() if not torch.equal(tensor, again[key])]
+        assert not different, f"{between}: {different}"
+    last = train(folder / "second", *run, *course.second, "--load", last.checkpoint, "--train-iters", 4, "--override-opt-param-scheduler")
+    losses += last.losses
+    assert len(losses) == len(alone.losses) == 5  # four iterations and the validation
+    for there, here in zip(alone.losses, losses, strict=True):
+        assert here == pytest.approx(there, rel=course.tolerance)
 
 
 @pytest.fixture(scope="module")
 def start(ranks, data):
-    """start(*flags) -> flags of runs of Muon from the same weights."""
-    weights = train(ranks / "muon-start", *MUON, "--data-path", data, "--train-iters", 1, alone=True).checkpoint
-    return [*MUON, "--data-path", data, "--pretrained-checkpoint", weights, "--lr-decay-iters", 6]
-
-
-@pytest.fixture(scope="module")
-def alone(ranks, start):
-    return {
-        "fp32": train(ranks / "muon-alone", *start, "--train-iters", 6, alone=True),
-        "bf16": train(ranks / "muon-alone-bf16", *start, "--bf16", "--train-iters", 6, alone=True),
-    }
-
-
-LAYOUTS = {
-    "tp2+sp+pp2": (TP2 + SP + PP2, "fp32", 1e-4),
-    "cp2+dp2": (CP2, "fp32", 1e-4),
-    "dp4, layer-wise": (LAYER_WISE, "bf16", 1e-2),
-    "tp2+dp2, layer-wise": (TP2 + LAYER_WISE, "bf16", 1e-2),
-    "pp2+vpp2+dp2, layer-wise": (PP2 + VPP2 + LAYER_WISE, "bf16", 1e-2),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_trains_as_one_rank_does(ranks, start, alone, layout):
-    flags, precision, tolerance = LAYOUTS[layout]
-    expected = alone[precision]
-    actual = train(ranks / f"muon-{layout}", *start, *flags, *(["--bf16"] if precision == "bf16" else []), "--train-iters", 6)
-    print(layout, [max(abs(h[k]/t[k]-1) for k in t) for t, h in zip(expected.losses, actual.losses)], expected.losses[0])
-    if torch.distributed.get_rank() == 0: open("/tmp/muon/l.txt","a").write(layout + str([max(abs(h[k]/t[k]-1) for k in t) for t, h in zip(expected.losses, actual.losses)]) + str(expected.losses) + "\n")
+    """Weights that one rank made."""
+    return train(ranks / "muon-start", *MUON, "--data-path", data, "--train-iters", 1, alone=True).checkpoint

@@ -23,8 +23,9 @@ def decay_every_parameter(get_megatron_optimizer_config):
 
 
 def with_forget_gate(get_qkv_split_shapes: Callable) -> Callable:
+    """Wraps ``_get_qkv_split_shapes``: rows of a query group in the fused projection, of query, output gate, key and value."""
+
     def shapes(config: Any) -> list[int]:
-        """Rows of a query group in the fused projection: query, output gate, key, value, and the forget gate where there is a recurrence."""
         return get_qkv_split_shapes(config) + ([config.kv_channels] if getattr(config, "rat_recurrence", False) else [])
 
     return shapes

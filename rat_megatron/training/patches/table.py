@@ -173,8 +173,8 @@ def _optimizer(args: Namespace) -> list[Patch]:
         Patch(training, "get_megatron_optimizer_config", optimizer.decay_every_parameter, "RAT+ decays every parameter, norms included."),
         Patch(
             megatron_optimizer, "_get_qkv_split_shapes", optimizer.with_forget_gate,
-            "Muon orthogonalizes each matrix of the fused projection by itself, and Megatron does not know of the forget gate's: it would cut "
-            "in wrong places, or not at all.",
+            "Muon orthogonalizes each matrix of the fused projection by itself, and Megatron does not know of the forget gate's: it would "
+            "cut in wrong places, or not at all.",
         ),
         *(
             Patch(
@@ -201,8 +201,8 @@ def _optimizer(args: Namespace) -> list[Patch]:
     ]  # fmt: skip
     if args.use_layer_wise_distributed_optimizer:  # as Megatron calls --optimizer muon with --use-distributed-optimizer
         why = (
-            "Megatron lays gradients out for Muon, whose matrices stay whole on a data-parallel rank, in one of its two ways to build a model "
-            "only; in the other every rank reduces all gradients, and gathers parameters in pieces of unequal size, which gloo refuses."
+            "Of Megatron's two ways to build a model only one lays its gradients out for Muon, each matrix whole on a data-parallel rank; "
+            "in the other, every rank gets all gradients and gathers parameters in pieces of unequal size, which gloo refuses."
         )
         rows += [
             Patch(dist_utils, "_ddp_wrap", optimizer.with_matrices_apart, why),
