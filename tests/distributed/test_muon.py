@@ -13,7 +13,7 @@ from tests.distributed.layouts import tensors, train
 from tests.muon_steps import largest_difference, steps_of_megatron, steps_of_the_definition
 
 TP2, PP2, CP2 = (["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--context-parallel-size", "2"])
-SP, VPP2 = ["--sequence-parallel"], ["--num-virtual-stages-per-pipeline-rank", "2"]
+SP = ["--sequence-parallel"]
 MUON = (
     "--optimizer muon --muon-nesterov --muon-extra-scale-factor 0.2 --muon-tp-mode duplicated --muon-fp32-matmul-prec high "
     "--lr 5e-3 --rat-arl-pattern d8 --group-query-attention --num-query-groups 2"
@@ -59,14 +59,8 @@ class Course:
 
 
 COURSES = {
-    "whole": Course([], TP2 + SP + PP2, {"one rank": []}, CP2, 1e-4),
-    "layer-wise": Course(
-        ["--bf16"],
-        TP2 + LAYER_WISE,
-        {"pp2+cp2": PP2 + CP2 + LAYER_WISE, "one rank": LAYER_WISE, "pp2+vpp2+dp2": PP2 + VPP2 + LAYER_WISE},
-        LAYER_WISE,
-        2e-2,
-    ),
+    "whole": Course(["--global-batch-size", "2"], TP2 + SP + PP2, {"one rank": []}, CP2, 1e-4),
+    "layer-wise": Course(["--bf16"], TP2 + LAYER_WISE, {"pp2+cp2": PP2 + CP2 + LAYER_WISE, "one rank": LAYER_WISE}, LAYER_WISE, 2e-2),
 }
 
 

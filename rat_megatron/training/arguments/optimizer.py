@@ -42,6 +42,8 @@ def _check_muon(args: Namespace) -> None:
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         "--optimizer-cuda-graph": args.optimizer_cuda_graph,  # the learning rate would stay that of the capture
+        "--fp8-param-gather": args.fp8_param_gather,
+        "--fp4-param-gather": args.fp4_param_gather,
         "--overlap-param-gather-with-optimizer-step": args.overlap_param_gather_with_optimizer_step,
         "--num-distributed-optimizer-instances above 1": args.num_distributed_optimizer_instances > 1,
         "--no-use-layer-wise-param-layout": not args.use_layer_wise_param_layout,
@@ -51,7 +53,7 @@ def _check_muon(args: Namespace) -> None:
     }
     for flag, is_given in unfit.items():
         if is_given:
-            raise UserError(f"--optimizer muon does not work with {flag}: leave it out")
+            raise UserError(f"--optimizer muon is not supported with {flag}: leave it out")
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
 
     known = [name for name in get_args(NSCoeffT) if name != "custom"]  # which no flag gives the values of
