@@ -40,10 +40,9 @@ def _parallel_state(tp: int):
 def test_steps_are_those_of_the_definition(ranks, tp):
     from rat_megatron.training.patches.table import _optimizer
 
+    patches = _optimizer(Namespace(optimizer="muon", use_layer_wise_distributed_optimizer=False))
     with _parallel_state(tp):
-        before, gradients, after = steps_of_megatron(
-            ranks / f"steps-tp{tp}", 2, _optimizer(Namespace(use_layer_wise_distributed_optimizer=False)), tp=tp
-        )
+        before, gradients, after = steps_of_megatron(ranks / f"steps-tp{tp}", 2, patches, tp=tp)
     assert largest_difference(before, steps_of_the_definition(before, gradients), after) < 1e-5
 
 

@@ -19,7 +19,7 @@ def test_steps_are_those_of_the_definition(megatron_process, tmp_path, recurrent
     """Muon for matrices, Adam for embeddings and norms, and weight decay for all."""
     from rat_megatron.training.patches.table import _optimizer
 
-    patches = _optimizer(Namespace(use_layer_wise_distributed_optimizer=False))
+    patches = _optimizer(Namespace(optimizer="muon", use_layer_wise_distributed_optimizer=False))
     before, gradients, after = steps_of_megatron(tmp_path, 3, patches, recurrent, bf16=bf16)
     assert largest_difference(before, steps_of_the_definition(before, gradients, recurrent), after) < tolerance
 

@@ -171,11 +171,6 @@ def _optimizer(args: Namespace) -> list[Patch]:
     owner = distrib_optimizer.DistributedOptimizer
     rows = [
         Patch(training, "get_megatron_optimizer_config", optimizer.decay_every_parameter, "RAT+ decays every parameter, norms included."),
-        Patch(
-            megatron_optimizer, "_get_qkv_split_shapes", optimizer.with_forget_gate,
-            "Muon orthogonalizes each matrix of the fused projection by itself, and Megatron does not know of the forget gate's: it would "
-            "cut in wrong places, or not at all.",
-        ),
         *(
             Patch(
                 owner, name, make,
@@ -199,6 +194,12 @@ def _optimizer(args: Namespace) -> list[Patch]:
             )
         ),
     ]  # fmt: skip
+    if args.optimizer == "muon":
+        why = (
+            "Muon orthogonalizes each matrix of the fused projection by itself, and Megatron does not know of the forget gate's: it would "
+            "cut in wrong places, or not at all."
+        )
+        rows += [Patch(megatron_optimizer, "_get_qkv_split_shapes", optimizer.with_forget_gate, why)]
     if args.use_layer_wise_distributed_optimizer:  # as Megatron calls --optimizer muon with --use-distributed-optimizer
         why = (
             "Of Megatron's two ways to build a model only one lays its gradients out for Muon, each matrix whole on a data-parallel rank; "
