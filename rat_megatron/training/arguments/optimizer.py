@@ -30,7 +30,7 @@ def check_optimizer(args: Namespace) -> None:
 
 def _check_package() -> None:
     if find_spec("emerging_optimizers") is None:
-        raise UserError("--optimizer muon needs the package emerging-optimizers: install it with pip install 'rat-megatron[muon]'")
+        raise UserError("--optimizer muon needs the package emerging-optimizers: pip install 'emerging-optimizers>=0.3,<0.4'")
 
 
 def _check_muon(args: Namespace) -> None:
