@@ -34,6 +34,6 @@ if [ -e $unfinished ] || ! usable .venv/bin/python || ! .venv/bin/python -m pip 
 fi
 touch $unfinished
 echo "Installing the dependencies into .venv: about 6 GB the first time"
-.venv/bin/python -m pip install -c constraints.txt -e '.[dev,eval]'
+.venv/bin/python -m pip install -c constraints.txt -e '.[dev,eval,muon]'
 rm $unfinished
 touch .venv/installed

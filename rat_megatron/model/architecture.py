@@ -162,7 +162,7 @@ UNUSED = (
     Unused(
         "is not supported",
         groups=("In-process restart",),
-        prefixes=("delta_offload_", "muon_"),
+        prefixes=("delta_offload_", "lion_"),
         names=(
             *("delay_wgrad_compute", "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
             *("delay_offload_until_cuda_graph", "activation_offload_fraction", "fine_grained_offloading_max_inflight_offloads"),

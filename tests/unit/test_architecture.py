@@ -104,8 +104,6 @@ def test_no_flag_gives_another_model_or_nothing_at_all(parser, monkeypatch):
 @pytest.mark.parametrize(
     "flags, sentence",
     {
-        "muon": (["--optimizer", "muon"], "--optimizer muon is not supported: .* forget gate besides; give adam, sgd or lion"),
-        "soap": (["--optimizer", "soap"], "--optimizer soap is not supported"),
         "other layers": (["--spec", "some.module", "spec"], "--spec some.module spec gives other layers than RAT\\+"),
         "inference": (["--transformer-impl", "inference_optimized"], "inference_optimized cannot train"),
         "yaml": (["--yaml-cfg", "a.yaml"], "--yaml-cfg is not supported"),

@@ -258,6 +258,23 @@ def test_a_resumed_run_keeps_its_schedule_unless_asked(check, one_iteration, tin
     check(*good, "--pretrained-checkpoint", one_iteration, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--optimizer", "sgd"], "was trained with --optimizer adam, this run asks for sgd: give adam, or --no-load-optim to begin its"),
+        (["--use-distributed-optimizer"], "was trained without --use-distributed-optimizer, .*: leave out --use-distributed-optimizer, or"),
+    ],
+)
+def test_a_resumed_run_keeps_its_optimizer_unless_asked(check, one_iteration, tiny_data, flags, sentence):
+    good = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data, *flags]
+    for start in ("--load", "--save"):
+        with pytest.raises(UserError, match=sentence):
+            check(*good, start, one_iteration, "--override-opt-param-scheduler")
+        for choice in ("--finetune", "--no-load-optim"):
+            check(*good, start, one_iteration, choice)
+    check(*good, "--pretrained-checkpoint", one_iteration)
+
+
 def test_cuda_graphs_leave_megatrons_checks_out(check, tiny_data, monkeypatch):
     from rat_megatron.training.arguments import checks
 

@@ -31,8 +31,3 @@ def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None
         raise UserError(
             f"--spec {' '.join(args.spec)} gives other layers than RAT+: leave it out, or train with Megatron's pretrain_gpt.py"
         )
-    if args.optimizer not in ("adam", "sgd", "lion"):
-        raise UserError(
-            f"--optimizer {args.optimizer} is not supported: it would cut the fused projection as Megatron's q, gate, k and v, "
-            "and RAT+'s has a forget gate besides; give adam, sgd or lion"
-        )

@@ -15,6 +15,7 @@ from rat_megatron.training.arguments.data import check_data
 from rat_megatron.training.arguments.flags import given
 from rat_megatron.training.arguments.fp8 import check_fp8
 from rat_megatron.training.arguments.layout import check_dilations, check_layout, check_ranks
+from rat_megatron.training.arguments.optimizer import check_optimizer
 from rat_megatron.training.arguments.outputs import check_outputs
 from rat_megatron.training.arguments.resume import check_checkpoints
 
@@ -23,6 +24,7 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     """Raises UserError or PatternError for the first thing that is wrong; returns the defaults that follow from the rest."""
     _check_complete(args)
     _check_features(args)
+    check_optimizer(args)
     check_layout(args)
     check_fp8(args)
     check_outputs(args)

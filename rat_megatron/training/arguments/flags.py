@@ -70,6 +70,8 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
         recipe = dict((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))
         if given("--lr-warmup-iters"):  # Megatron takes one of the two
             recipe.pop("lr_warmup_fraction", None)
+        if given("--optimizer") == "muon":
+            recipe |= presets.MUON
         parser.set_defaults(**recipe)
     parser.set_defaults(**(derived or {}))
     _let_help_print(parser)

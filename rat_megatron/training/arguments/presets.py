@@ -34,6 +34,19 @@ _RECIPE: dict[str, Any] = {
     "seed": 1005,
 }
 
+# With --optimizer muon. Momentum, Nesterov and scale are Moonlight's (arXiv 2502.16982): updates of 0.2 * sqrt(max(rows, columns)) times an
+# orthogonal matrix have about the root mean square of AdamW's, whose learning rate and weight decay then hold. Megatron's coefficients
+# bring singular values nearer to 1 than the first ones (kellerjordan.github.io/posts/muon).
+MUON: dict[str, Any] = {
+    "muon_momentum": 0.95,
+    "muon_nesterov": True,
+    "muon_scale_mode": "spectral",
+    "muon_extra_scale_factor": 0.2,
+    "muon_coefficient_type": "quintic",
+    "muon_num_ns_steps": 5,
+    "muon_tp_mode": "duplicated",  # whole matrices at any TP; blockwise would train another model at each
+}
+
 
 def _large(num_layers: int, hidden_size: int, num_attention_heads: int, micro_batch_size: int) -> dict[str, Any]:
     return _RECIPE | {

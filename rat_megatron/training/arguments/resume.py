@@ -34,6 +34,8 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
             )
     if resumed and not args.finetune and not args.skip_train:
         _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
+        if not args.no_load_optim:
+            _check_optimizer(stored, args, source)
         if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
             _check_schedule(_schedule(stored), _schedule(args), source)
 
@@ -62,6 +64,23 @@ def _check_folders(args: Namespace) -> None:
         raise UserError(
             f"--save {args.save} holds checkpoints already, which a run that starts from --load {args.load} would overwrite: leave out "
             "--load to resume from them, or give another folder"
+        )
+
+
+def _check_optimizer(stored: Namespace, args: Namespace, source: str) -> None:
+    """The optimizer's state has the names and shapes of one optimizer, and others where data-parallel ranks share it."""
+    remedy = "or --no-load-optim to begin its state anew"
+    there, here = getattr(stored, "optimizer", args.optimizer), args.optimizer
+    if there != here:
+        raise UserError(
+            f"the checkpoint in {source} was trained with --optimizer {there}, this run asks for {here}: give {there}, {remedy}"
+        )
+    shared = getattr(stored, "use_distributed_optimizer", False) or getattr(stored, "use_layer_wise_distributed_optimizer", False)
+    if shared != (args.use_distributed_optimizer or args.use_megatron_fsdp):
+        was, do = ("with", "give") if shared else ("without", "leave out")
+        raise UserError(
+            f"the checkpoint in {source} was trained {was} --use-distributed-optimizer, which keeps the optimizer's state in another form: "
+            f"{do} --use-distributed-optimizer, {remedy}"
         )
 
 

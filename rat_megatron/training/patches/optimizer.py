@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.optimizer.layer_wise_optimizer import tag_params_for_buffer_routing
 
 from rat_megatron.errors import UserError
 
@@ -18,6 +20,25 @@ def decay_every_parameter(get_megatron_optimizer_config):
         return config, {key: value for key, value in overrides.items() if value.get("wd_mult") != 0.0}
 
     return get_config
+
+
+def with_forget_gate(get_qkv_split_shapes: Callable) -> Callable:
+    """Wraps ``_get_qkv_split_shapes``: rows of a query group in the fused projection, of query, output gate, key and value."""
+
+    def shapes(config: Any) -> list[int]:
+        return get_qkv_split_shapes(config) + ([config.kv_channels] if getattr(config, "rat_recurrence", False) else [])
+
+    return shapes
+
+
+def with_matrices_apart(ddp_wrap: Callable) -> Callable:
+    """Wraps ``_ddp_wrap`` as wrap_model_chunks_with_ddp() in megatron/training/training.py goes about it."""
+
+    def wrap(model: list, data_parallel_random_init: bool, ddp_config: Any, *rest: Any, **kwargs: Any) -> list:
+        tag_params_for_buffer_routing(model)
+        return ddp_wrap(model, data_parallel_random_init, replace(ddp_config, use_distributed_optimizer=True), *rest, **kwargs)
+
+    return wrap
 
 
 def begun(state_dict: Callable) -> Callable:

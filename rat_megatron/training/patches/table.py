@@ -7,14 +7,17 @@ from functools import partial
 
 import megatron.core.dist_checkpointing.validation as validation
 import megatron.core.models.common.language_module.language_module as language_module
+import megatron.core.optimizer as megatron_optimizer
 import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 import megatron.core.tensor_parallel.layers as layers
 import megatron.training.checkpointing as checkpointing
 import megatron.training.initialize as initialize
+import megatron.training.models.dist_utils as dist_utils
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
 from rat_megatron.checkpoint import optimizer_rows
@@ -40,7 +43,7 @@ def megatron_patches(
         *_evaluation(args, metrics),
         *_kernels(args),
         *_checkpoints(args, watchdog),
-        *_optimizer(),
+        *_optimizer(args),
     ]
 
 
@@ -170,7 +173,7 @@ def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
     return rows
 
 
-def _optimizer() -> list[Patch]:
+def _optimizer(args: Namespace) -> list[Patch]:
     owner = distrib_optimizer.DistributedOptimizer
     rows = [
         Patch(training, "get_megatron_optimizer_config", optimizer.decay_every_parameter, "RAT+ decays every parameter, norms included."),
@@ -197,6 +200,21 @@ def _optimizer() -> list[Patch]:
             )
         ),
     ]  # fmt: skip
+    if args.optimizer == "muon":
+        why = (
+            "Muon orthogonalizes each matrix of the fused projection by itself, and Megatron does not know of the forget gate's: it would "
+            "cut in wrong places, or not at all."
+        )
+        rows += [Patch(megatron_optimizer, "_get_qkv_split_shapes", optimizer.with_forget_gate, why)]
+    if args.use_layer_wise_distributed_optimizer:  # as Megatron calls --optimizer muon with --use-distributed-optimizer
+        why = (
+            "Of Megatron's two ways to build a model only one lays its gradients out for Muon, each matrix whole on a data-parallel rank; "
+            "in the other, every rank gets all gradients and gathers parameters in pieces of unequal size, which gloo refuses."
+        )
+        rows += [
+            Patch(dist_utils, "_ddp_wrap", optimizer.with_matrices_apart, why),
+            Patch(dist_utils, "DistributedOptimizer", lambda _: LayerWiseDistributedOptimizer, why),
+        ]
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         why = (
             "The distributed optimizer cannot resume with torch's Adam: it fails when asked for its state before the first step, then over "
