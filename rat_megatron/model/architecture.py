@@ -160,8 +160,11 @@ UNUSED = (
         prefixes=("fault_injector_",),
     ),
     Unused(
+        "is nvidia_resiliency_ext's, in whose place this program has a watchdog: give --rat-hang-timeout-in-mins",
+        groups=("In-process restart", "ft_package"),
+    ),
+    Unused(
         "is not supported",
-        groups=("In-process restart",),
         prefixes=("delta_offload_", "lion_"),
         names=(
             *("delay_wgrad_compute", "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
