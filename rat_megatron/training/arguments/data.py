@@ -42,7 +42,7 @@ def check_data(args: Namespace) -> dict[str, Any]:
         "rat_tokenizer_path": meta.tokenizer_path,
         "rat_tokenizer_name": meta.tokenizer_name,
         "rat_tokenizer_hash": meta.tokenizer_hash,
-        "rat_data_order": order_facts(streams, seed=args.seed, global_batch_size=_global_batch_size(args), cache=args.data_cache_path),
+        "rat_data_order": order_facts(streams, seed=args.seed, cache=args.data_cache_path),
         "rat_validation_sets": sets,
         "data_path": words,
         "eval_iters": max(sets.values(), default=0),
