@@ -165,8 +165,8 @@ class _Validation:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in _batches(self.loader):
-            for part in zip(*(column.split(self.micro_batch_size) for column in batch), strict=True):
-                yield _microbatch(*part, self.seq_length, self.eod_id)
+            for tokens, answers, ids in zip(*(column.split(self.micro_batch_size) for column in batch), strict=True):
+                yield _microbatch(tokens, answers, ids, self.seq_length, self.eod_id)
 
 
 def samples_for_validation(streams: list[Stream], cache: str | None = None) -> int:
