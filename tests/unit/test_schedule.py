@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from rat_megatron.errors import UserError
-from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain_here, tensorboard_scalars
+from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment, pretrain_here, tensorboard_scalars
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +89,17 @@ def test_a_branch_decays_from_the_trunk_and_leaves_it_as_it_is(trunk, tiny_data,
     written = files(tmp_path / "checkpoints")
     train(tmp_path, tiny_data, *branch)
     assert files(tmp_path / "checkpoints").items() >= {path: at for path, at in written.items() if "iter_" in str(path)}.items()
+
+
+def test_the_example_trains_a_run_and_its_branches_and_goes_on(tiny_data, tmp_path):
+    flags = [*COMMON, "--rat-preset", "tiny", "--data-path", tiny_data, "--train-iters", 10, "--lr-warmup-iters", 2]
+    script = [REPOSITORY / "examples" / "wsd.sh", tmp_path, "4", *flags, "--lr-wsd-decay-iters", 2, "--lr-decay-style", "WSD"]
+    environment = pretrain_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for _ in range(2):
+        result = subprocess.run(["bash", *map(str, script)], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr[-3000:]
+    for name, last in (("trunk", "10"), ("4", "5")):
+        assert (tmp_path / name / "latest_checkpointed_iteration.txt").read_text() == last
 
 
 # ---- what the user gives -------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ class CheckedDataset(StreamingDataset):
             order, *shared = self._attach_work()
         length = samples_per_epoch(self.epoch_size)
         before = epoch * length
-        places = np.array(places_of_rank(before + sample_in_epoch, before + length, *self.place), np.int64) - before
+        places = places_of_rank(before + sample_in_epoch, before + length, *self.place)
+        places = np.arange(places.start, places.stop, places.step) - before
         turns = np.arange(len(places)) // self.batch_size % world.workers_per_rank  # the loader asks its workers in turn
         own = order.reshape(-1)[places[turns == world.worker_of_rank]]
         self._shared_barrier(world.workers_per_node)

@@ -47,8 +47,8 @@ def derive_batch_sizes(args: Namespace) -> dict[str, Any]:
 
 
 def batch_steps(args: Namespace) -> Steps:
-    """The global batch sizes of a run, for arguments that ``derive_batch_sizes`` has completed."""
-    if args.step_batch_size_schedule:
+    """The global batch sizes of a run, for arguments that ``derive_batch_sizes`` has completed, or those of a checkpoint."""
+    if getattr(args, "step_batch_size_schedule", None):
         return _parsed(args)
     return [(0, args.global_batch_size or args.micro_batch_size * _replicas(args))]
 
