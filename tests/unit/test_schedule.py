@@ -177,5 +177,6 @@ def test_a_preset_has_what_belongs_to_wsd(check):
     assert schedule("--lr-decay-style", "WSD", "--train-iters", 300) == ("minus_sqrt", 30, 8, None)
     assert schedule("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", 3, "--lr-wsd-decay-style", "linear") == ("linear", 3, 8, None)
     assert schedule("--lr-decay-style", "WSD", "--lr-warmup-fraction", "0.1") == ("minus_sqrt", 15, 0, 0.1)
+    assert schedule("--lr-decay-style", "constant", "--train-iters", 300) == ("exponential", None, 8, None)
     args = check(*tiny, "--lr-decay-style", "WSD", "--train-samples", 8000)[0]
     assert (args.train_iters, args.lr_wsd_decay_samples, args.lr_warmup_samples) == (None, 800, 64)

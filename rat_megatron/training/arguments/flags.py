@@ -71,8 +71,11 @@ def _recipe(preset: str) -> dict[str, Any]:
     recipe = dict((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))
     if not recipe:  # the parser will say so
         return recipe
-    if given("--lr-decay-style") == "WSD":
-        recipe = presets.wsd(recipe, _typed_length(recipe["global_batch_size"]) or recipe["train_iters"])
+    style = given("--lr-decay-style")
+    if style == "WSD":
+        recipe |= presets.wsd_decay(_typed_length(recipe["global_batch_size"]) or recipe["train_iters"])
+    if style in ("WSD", "constant"):
+        recipe = presets.with_fixed_warmup(recipe)
     if any(map(given, ("--train-samples", "--rampup-batch-size", "--step-batch-size-schedule"))):
         recipe = presets.in_samples(recipe)
     if warmup := [name for name in ("fraction", "iters", "samples") if given(f"--lr-warmup-{name}")]:

@@ -92,13 +92,16 @@ ADAPT: dict[str, dict[str, Any]] = {
 }
 
 
-def wsd(recipe: dict[str, Any], train_iters: int) -> dict[str, Any]:
-    """What belongs to --lr-decay-style WSD, for a run of ``train_iters``: a decay of 1 - sqrt over the last tenth (MiniCPM, arXiv
-    2404.06395, decays over 10%; Hägele et al., arXiv 2405.18392, find 10 to 20% and 1 - sqrt best), and a warmup that does not change
-    with the length of the run, so that it can be extended and branched from."""
+def with_fixed_warmup(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with its warmup in iterations, which does not change with the length of the run: it can then become longer."""
     warmup = round(recipe["lr_warmup_fraction"] * recipe["train_iters"])
-    fixed = {name: value for name, value in recipe.items() if name != "lr_warmup_fraction"}
-    return fixed | {"lr_warmup_iters": warmup, "lr_wsd_decay_style": "minus_sqrt", "lr_wsd_decay_iters": max(train_iters // 10, 1)}
+    return {name: value for name, value in recipe.items() if name != "lr_warmup_fraction"} | {"lr_warmup_iters": warmup}
+
+
+def wsd_decay(train_iters: int) -> dict[str, Any]:
+    """The decay of --lr-decay-style WSD: 1 - sqrt over the last tenth of the run. MiniCPM (arXiv 2404.06395) decays over 10%; Hägele et al.
+    (arXiv 2405.18392) find 1 - sqrt better than a line."""
+    return {"lr_wsd_decay_style": "minus_sqrt", "lr_wsd_decay_iters": max(train_iters // 10, 1)}
 
 
 def in_samples(recipe: dict[str, Any]) -> dict[str, Any]:
