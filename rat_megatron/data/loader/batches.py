@@ -14,6 +14,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
@@ -109,21 +110,27 @@ class _Samples:
 
     def __init__(self) -> None:
         self._source: Iterator[Columns] = iter(())
-        self._there: list[Columns] = []
+        self._there: deque[Columns] = deque()
 
     def go_on_with(self, source: Iterator[Columns]) -> None:
         """Takes all that the source before still has, and begins the next."""
-        self._there += self._source
+        self._there.extend(self._source)
         self._source = source
-        self._there += itertools.islice(source, 1)
+        self._there.extend(itertools.islice(source, 1))
 
     def take(self, count: int) -> Columns:
         """The next `count` samples."""
-        while sum(len(columns[0]) for columns in self._there) < count:
-            self._there.append(next(self._source))
-        tokens, answers, ids = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._there, strict=True))
-        self._there = [(tokens[count:], answers[count:], ids[count:])]
-        return tokens[:count], answers[:count], ids[:count]
+        parts: list[Columns] = []
+        while count:
+            tokens, answers, ids = self._there.popleft() if self._there else next(self._source)
+            parts.append((tokens[:count], answers[:count], ids[:count]))
+            if len(ids) > count:
+                self._there.appendleft((tokens[count:], answers[count:], ids[count:]))
+            count -= len(parts[-1][2])
+        if len(parts) == 1:
+            return parts[0]
+        tokens, answers, ids = (torch.cat(column) for column in zip(*parts, strict=True))
+        return tokens, answers, ids
 
 
 def validation_batches(
