@@ -53,7 +53,7 @@ def measure(streams: list[Stream], args: argparse.Namespace) -> dict[str, float]
     started = time.perf_counter()
     batches = train_batches(
         streams,
-        global_batch_size=args.batch,
+        samples_per_read=args.batch,
         micro_batch_size=args.micro_batch_size,
         seq_length=seq_length,
         eod_id=0,

@@ -26,6 +26,31 @@ def pretrain(*flags: str | Path, check: bool = True) -> subprocess.CompletedProc
     return result
 
 
+def pretrain_here(*flags: str | Path, without: tuple[str, ...] = ()) -> None:
+    """Runs pretrain_rat.py in this process, which saves the start of another; ``without`` names patches of Megatron to leave out."""
+    from unittest.mock import patch
+
+    import torch
+
+    from benchmarks.megatron_runs import leave_groups, run_program
+
+    torch.set_num_threads(1)
+    with run_program(list(map(str, flags))) as main:
+        from rat_megatron import pretrain
+        from rat_megatron.training.patches.table import megatron_patches
+
+        def table(*parts):
+            return [row for row in megatron_patches(*parts) if row.name not in without]
+
+        with patch.object(pretrain, "megatron_patches", table):
+            try:
+                main()
+            except SystemExit as end:  # how Megatron stops for --exit-interval
+                assert not end.code
+            finally:
+                leave_groups()
+
+
 def pretrain_command(*flags: str | Path) -> list[str]:
     return [sys.executable, str(REPOSITORY / "pretrain_rat.py"), *map(str, flags)]
 

@@ -33,8 +33,8 @@ def write_data(folder: Path, train: int, val: int = 0, first: int = 0, **changes
 
 
 def batches_of(path: str | list[Stream], **changes) -> Iterator[dict[str, torch.Tensor]]:
-    """Training microbatches of two samples, in global batches of GLOBAL_BATCH, read by this process itself."""
-    settings = {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2, "seq_length": T, "eod_id": EOD, "seed": 7, "num_workers": 0}
+    """Training microbatches of two samples, read by this process itself."""
+    settings = {"samples_per_read": GLOBAL_BATCH, "micro_batch_size": 2, "seq_length": T, "eod_id": EOD, "seed": 7, "num_workers": 0}
     return train_batches([Stream(path)] if isinstance(path, str) else path, **{**settings, **changes})
 
 

@@ -59,10 +59,13 @@ def recipe_of(args: Namespace) -> dict[str, str]:
     recipe = {}
     if samples and length:
         recipe["Tokens"] = f"{samples * length:,}"
+    grows = get("step_batch_size_schedule")
     if batch and length:
-        recipe["Batch"] = f"{batch} sequences of {length} tokens"
+        recipe["Batch"] = f"{'growing to ' if grows else ''}{batch} sequences of {length} tokens"
     if steps:
-        recipe["Steps"] = f"{steps:,} planned" + (f", {samples // batch:,} done" if samples and batch else "")
+        iteration, consumed = get("rat_resumed") or (0, 0)  # before which the batch may have been another
+        done = f", {iteration + (samples - consumed) // batch:,} done" if samples and batch and not grows else ""
+        recipe["Steps"] = f"{steps:,} planned{done}"
     if get("lr"):
         schedule = f", {args.lr_decay_style} to {args.min_lr:g}" if get("lr_decay_style") and get("min_lr") is not None else ""
         recipe["Learning rate"] = f"{args.lr:g} at its peak{schedule}{_warmup(get)}"

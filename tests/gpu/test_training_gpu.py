@@ -46,6 +46,20 @@ def test_a_cuda_graph_captures_heads_of_several_patterns(data):
     assert eager[-1, 0] < eager[0, 0] - 0.1
 
 
+def test_cuda_graphs_are_captured_anew_where_the_batch_grows(data):
+    ramp = "--rampup-batch-size 4 4 24 --global-batch-size 8 --train-samples 64"  # six iterations of 4 samples, five of 8
+    words = f"{SIZES} {RECIPE} {OVERLAP} {ramp} --data-path {data} --eval-iters 0 --log-interval 1 --save-interval 1000 --num-workers 0"
+
+    def losses(flags: str) -> torch.Tensor:
+        run = megatron_runs.run([*words.split(), *flags.split()])
+        megatron_runs.leave_groups()
+        return torch.tensor([[step[name] for name in ("lm loss", "lm loss d64", "grad norm d64")] for step in run.losses])
+
+    eager = losses("")
+    assert len(eager) == 11
+    torch.testing.assert_close(losses("--cuda-graph-impl full_iteration --optimizer-cuda-graph"), eager, rtol=2e-3, atol=0)
+
+
 GRAPHS, PRECISION_AWARE = "--cuda-graph-impl full_iteration", "--use-precision-aware-optimizer"
 
 

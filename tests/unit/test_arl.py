@@ -39,7 +39,7 @@ def plain_run(one_iteration, tiny_data, tmp_path_factory):
     convert_to_hf(one_iteration, tmp_path_factory.mktemp("start") / "hf")
     model = RatPlusForCausalLM.from_pretrained(tmp_path_factory.getbasetemp() / "start0" / "hf", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "seq_length": SEQ_LENGTH}
+    sizes = {"micro_batch_size": 2, "seq_length": SEQ_LENGTH}
     batches = train_batches(parse_data_path([str(tiny_data)]), **sizes, eod_id=0, seed=1234, num_workers=0)
     logged = {"lm loss": [], "lm loss d8": [], "grad-norm": [], "grad norm d8": [], "learning-rate": []}
     for iteration in range(1, 21):

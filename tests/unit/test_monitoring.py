@@ -13,16 +13,20 @@ pytestmark = pytest.mark.usefixtures("megatron_process")
 def test_report_keeps_what_was_measured(tmp_path, monkeypatch):
     from rat_megatron.training.monitoring import metrics
 
-    args = Namespace(global_batch_size=4, seq_length=8, consumed_train_samples=12, rat_pattern="d16", rat_recurrence=True)
+    args = Namespace(global_batch_size=400, seq_length=8, consumed_train_samples=12, rat_pattern="d16", rat_recurrence=True)
     monkeypatch.setattr(metrics, "get_args", lambda: args)
     run = metrics.RunMetrics(tmp_path / "run")
     run.iteration = 3
     run.add_loss("d16", 2.5)
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert content["patterns"] == {"d16": 2.5} and content["iteration"] == 3 and content["tokens_per_second"] is None
-    assert run.timed(lambda value: value + 1)(1) == 2
+    times = iter((1.0, 3.0, 4.0, 6.0, 7.0, 9.0))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    for batch in (4, 4, 6):  # while the batch grows
+        monkeypatch.setattr(metrics, "get_current_running_global_batch_size", lambda batch=batch: batch)
+        assert run.timed(lambda value: value + 1)(1) == 2
     run.add_loss("dense", 2.0)
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["tokens_per_second"] > 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["tokens_per_second"] == 16.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

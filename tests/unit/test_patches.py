@@ -6,6 +6,7 @@ Source is compared with strings only where behaviour needs a GPU.
 from __future__ import annotations
 
 import inspect
+import weakref
 from argparse import Namespace
 
 import pytest
@@ -47,12 +48,23 @@ def test_each_pattern_has_a_graph_of_its_own_and_validation_none(monkeypatch):
     monkeypatch.setattr(base, "__call__", captured)
     run = cuda_graphs.CudaGraphs()
     graphs = run.wrapper(base)(lambda **kwargs: "without a graph", cuda_graph_warmup_steps=1)
-    losses = [graphs(model=[pattern], forward_only=False) for pattern in ("d64", "dense") * 3]
+
+    def step(pattern, num_microbatches):
+        return graphs(model=[pattern], forward_only=False, num_microbatches=num_microbatches)
+
+    losses = [step(pattern, 4) for pattern in ("d64", "dense") * 3]
     assert losses[:2] == [None, None] and losses[2] is losses[4] and losses[3] is losses[5]
     assert (losses[2][0]["lm loss"][0], losses[3][0]["lm loss"][0]) == (3.0, 5.0)
-    assert graphs(model=["dense"], forward_only=True) == "without a graph"
+    assert graphs(model=["dense"], forward_only=True, num_microbatches=2) == "without a graph"
+    assert step("dense", 4) is losses[3], "validation has batches of its own size"
+    gone = weakref.ref(losses[2][0]["lm loss"])
+    del losses
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert step("d64", 8) is None and gone() is None, "a batch of another size has graphs of its own, and the memory of the others"
+    assert step("d64", 8)[0]["lm loss"][0] == 3.0 and step("dense", 8) is None
     run.close()
-    assert graphs(model=["dense"], forward_only=False) is None
+    assert step("dense", 8) is None
     run.close()
 
 

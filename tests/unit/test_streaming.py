@@ -1,5 +1,7 @@
-"""Streaming: the global batches depend on data and seed alone, whatever ranks, workers and restarts; bad data is named before training."""
+"""Streaming: the samples are one sequence that depends on data and seed alone, whatever ranks, workers, batches and restarts; bad data is
+named before training."""
 
+import inspect
 import multiprocessing
 import os
 import shutil
@@ -17,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streaming.base.partition import get_partitions
+from streaming.base.world import World
 
 from rat_megatron.data.loader import order, shared_memory, streams
 from rat_megatron.data.loader.batches import validation_batches
+from rat_megatron.data.loader.checked_dataset import CheckedDataset
 from rat_megatron.data.loader.streams import Stream, check_streams, parse_data_path
 from rat_megatron.errors import UserError
 from tests.streaming_data import EOD, GLOBAL_BATCH, T, batches_of, ids_of, write_data
@@ -32,7 +35,7 @@ FORK = multiprocessing.get_context("fork")  # torch and Streaming are imported o
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """1000 training samples: an epoch of 41 global batches and 16 samples left over."""
+    """1000 training samples: an epoch of 41 global batches and 16 samples."""
     return write_data(tmp_path_factory.mktemp("data"), train=1000, val=50)
 
 
@@ -67,76 +70,125 @@ def run_ranks(ranks: int, function: Callable[[], Any]) -> list[Any]:
     return [by_rank[rank] for rank in range(ranks)]
 
 
-def global_batches(path, *, ranks: int = 1, dp_ranks: list[int] | None = None, count: int = 3, **changes) -> list[list[int]]:
-    """The first `count` global batches as sorted lists. `dp_ranks`: each rank's data-parallel rank; equal ones see the same samples."""
-    dp_ranks = dp_ranks or list(range(ranks))
-    size = max(dp_ranks) + 1
+def global_batches(
+    path, *, ranks: int = 1, dp_ranks: list[int] | None = None, count: int = 3, sizes: list[int] | None = None, micro: int = 2, **changes
+) -> list[list[int]]:
+    """The first `count` global batches, or those of the `sizes`, sorted. `dp_ranks`: each rank's data-parallel rank; equal ones see
+    the same samples."""
+    dp_ranks, sizes = dp_ranks or list(range(ranks)), sizes or [GLOBAL_BATCH] * count
+    dp = max(dp_ranks) + 1
 
     def batches_of_rank() -> list[list[int]]:
-        iterator = batches_of(path, data_parallel=(dp_ranks[int(os.environ.get("RANK", "0"))], size), **changes)
-        return [ids_of(islice(iterator, GLOBAL_BATCH // size // 2)) for _ in range(count)]
+        iterator = batches_of(path, data_parallel=(dp_ranks[int(os.environ.get("RANK", "0"))], dp), micro_batch_size=micro, **changes)
+        return [ids_of(islice(iterator, size // dp // micro)) for size in sizes]
 
     by_rank = run_ranks(ranks, batches_of_rank)
-    leaders = [dp_ranks.index(dp_rank) for dp_rank in range(size)]
+    leaders = [dp_ranks.index(dp_rank) for dp_rank in range(dp)]
     assert all(by_rank[rank] == by_rank[leaders[dp_rank]] for rank, dp_rank in enumerate(dp_ranks))
-    return [sorted(sum((by_rank[leader][step] for leader in leaders), [])) for step in range(count)]
+    return [sorted(sum((by_rank[leader][step] for leader in leaders), [])) for step in range(len(sizes))]
+
+
+def cut(sequence: list[int], sizes: list[int], start: int = 0) -> list[list[int]]:
+    """The global batches of the `sizes` that the sequence holds from `start` on, sorted."""
+    ends = np.cumsum([start, *sizes])
+    return [sorted(sequence[first:last]) for first, last in zip(ends[:-1], ends[1:], strict=True)]
 
 
 @pytest.fixture(scope="module")
-def reference(data):
-    """Global batches of two epochs and a bit, from one process without workers."""
-    return global_batches(data, count=90)
+def sequence(data):
+    """The order of the samples, three epochs of it, from one process without workers that reads one at a time."""
+    return ids_of(islice(batches_of(data, micro_batch_size=1, samples_per_read=1), 3000))
 
 
-def test_an_epoch_takes_no_sample_twice_and_leaves_out_less_than_a_batch(reference):
-    first, second = sum(reference[:41], []), sum(reference[41:82], [])
-    for epoch in (first, second):
-        assert len(epoch) == len(set(epoch)) == 984
-    assert first != second and reference[0] != list(range(GLOBAL_BATCH))
-    assert set(first) != set(second), "other samples are left over in every epoch"
+@pytest.fixture(scope="module")
+def reference(sequence):
+    """Global batches of GLOBAL_BATCH."""
+    return cut(sequence, [GLOBAL_BATCH] * 124)
 
 
-@pytest.mark.parametrize(
-    "dp_ranks, workers",
-    [
-        ([0], 2),
-        ([0, 1], 1),
-        ([0, 0], 2),
-        ([0, 1, 2, 3], 0),
-        ([0, 0, 1, 1], 1),  # tensor or context parallelism
-        ([0, 1, 0, 1], 1),  # two pipeline stages in Megatron's order of ranks
-        ([0, 1, 0, 1], 0),
-    ],
-)
+def test_every_epoch_takes_each_sample_once_in_another_order(sequence):
+    epochs = [sequence[first : first + 1000] for first in (0, 1000, 2000)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(1000))
+    assert list(range(1000)) not in epochs and len({tuple(epoch) for epoch in epochs}) == 3
+
+
+LAYOUTS = [
+    ([0], 2),
+    ([0, 1], 1),
+    ([0, 0], 2),
+    ([0, 1, 2], 1),  # an epoch is no multiple
+    ([0, 1, 2, 3], 0),
+    ([0, 0, 1, 1], 1),  # tensor or context parallelism
+    ([0, 1, 0, 1], 1),  # two pipeline stages in Megatron's order of ranks
+    ([0, 1, 0, 1], 0),
+]
+
+
+@pytest.mark.parametrize("dp_ranks, workers", LAYOUTS)
 def test_global_batches_are_the_same_on_any_layout_and_after_resuming(data, reference, dp_ranks, workers):
     layout = {"ranks": len(dp_ranks), "dp_ranks": dp_ranks, "num_workers": workers}
     assert global_batches(data, count=3, **layout) == reference[:3]
-    for start in (39, 41, 60):  # across the end of the first epoch, at the beginning and in the middle of the second
+    for start in (39, 41, 60):  # across the end of the first epoch, which lies within a batch, and in the middle of the second
         assert global_batches(data, count=4, consumed_samples=start * GLOBAL_BATCH, **layout) == reference[start : start + 4]
+
+
+@pytest.mark.parametrize(
+    "start, sizes, micro",
+    [
+        (0, [12, 12, 24, 36, 36, 48], 1),
+        (950, [12, 24, 36, 24], 3),  # 1000 lies within a microbatch, of all ranks or of some
+        (977, [24, 12], 1),  # consumed by other numbers of ranks
+        (5, [24, 960, 24, 480, 1200], 4),  # most of an epoch, and more than one
+    ],
+)
+@pytest.mark.parametrize("dp_ranks, workers", [([0, 1], 2), ([0, 1, 2, 3], 0)])
+def test_global_batches_of_any_sizes_are_the_next_samples_in_order(data, sequence, start, sizes, micro, dp_ranks, workers):
+    sizes = [size for size in sizes if size % (micro * (max(dp_ranks) + 1)) == 0]
+    batches = global_batches(
+        data,
+        ranks=len(dp_ranks),
+        dp_ranks=dp_ranks,
+        sizes=sizes,
+        micro=micro,
+        consumed_samples=start,
+        num_workers=workers,
+        samples_per_read=7,
+    )
+    assert batches == cut(sequence, sizes, start)
+
+
+def test_data_smaller_than_a_microbatch_of_all_ranks_come_again(tmp_path):
+    small = write_data(tmp_path, train=5)
+    sequence = ids_of(islice(batches_of(small, micro_batch_size=1), 40))
+    assert all(sorted(sequence[first : first + 5]) == list(range(5)) for first in range(0, 40, 5))
+    for workers in (0, 1):
+        assert global_batches(small, ranks=4, sizes=[16, 16], num_workers=workers) == cut(sequence, [16, 16])
 
 
 def test_canonical_nodes_keep_the_order_too_and_repeat_nothing_at_the_end(data, monkeypatch):
     monkeypatch.setattr(order, "SAMPLES_FOR_CANONICAL_NODES", 500)  # the forks see it too
-    reference = global_batches(data, count=82)
-    for epoch in (sum(reference[:40], []), sum(reference[40:80], [])):
-        assert len(epoch) == len(set(epoch)) == 960, "1000 samples are 15 for each of 64 nodes, and 40 left over"
-    for start in (38, 80):
-        assert global_batches(data, count=2, consumed_samples=start * GLOBAL_BATCH, ranks=2, num_workers=1) == reference[start : start + 2]
+    sequence = ids_of(islice(batches_of(data, micro_batch_size=1), 2000))
+    epochs = [sequence[:960], sequence[960:1920]]
+    assert [len(set(epoch)) for epoch in epochs] == [960, 960], "1000 samples are 15 for each of 64 nodes, and 40 left over"
+    assert set(epochs[0]) != set(epochs[1]), "other samples are left over in every epoch"
+    for start in (912, 1872):
+        assert global_batches(data, count=3, consumed_samples=start, ranks=2, num_workers=1) == cut(sequence, [24] * 3, start)
 
 
-@pytest.mark.parametrize("samples, canonical_nodes", [(70_000, order.CANONICAL_NODES), (1000, 1)])
-@pytest.mark.parametrize("nodes, ranks", [(1, 4), (2, 2), (3, 2), (4, 1), (12, 1)])
-def test_streaming_lays_out_any_number_of_nodes_alike(samples, canonical_nodes, nodes, ranks):
-    """What the order rests on, asked of Streaming itself, as one machine cannot be several nodes."""
-    workers, dropped = 2, 5 * GLOBAL_BATCH
-    share = GLOBAL_BATCH // (nodes * ranks)
-    one = get_partitions("relaxed", samples, canonical_nodes, 1, 1, 1, GLOBAL_BATCH, dropped, 1).reshape(-1, GLOBAL_BATCH)
-    many = get_partitions("relaxed", samples, canonical_nodes, nodes, ranks, workers, share, dropped, 1)
-    many = many.transpose(3, 2, 0, 1, 4).reshape(-1, GLOBAL_BATCH)  # batches first, then the workers in turn
-    whole = (samples - samples % canonical_nodes - dropped) // GLOBAL_BATCH
-    assert (np.sort(many[:whole]) == np.sort(one[:whole])).all()
-    used = one[:whole].ravel()
-    assert len(np.unique(used)) == len(used)
+@pytest.mark.parametrize("nodes, ranks", [(1, 4), (2, 2), (4, 2), (12, 1), (3, 2)])
+def test_ranks_share_the_places_and_a_node_reads_its_own_canonical_nodes(nodes, ranks):
+    """What one machine cannot be: several nodes."""
+    worlds = [World(nodes, ranks, 2, 2 * rank) for rank in range(nodes * ranks)]
+    places = [CheckedDataset.place.fget(type("Dataset", (), {"_parallel_rank_world": world})) for world in worlds]
+    taken = [list(order.places_of_rank(101, 101 + 640 * nodes * ranks, *place)) for place in places]
+    assert sorted(sum(taken, [])) == list(range(101, 101 + 640 * nodes * ranks)) and len(set(map(len, taken))) == 1
+    by_node = [
+        {place % order.CANONICAL_NODES for world, own in zip(worlds, taken, strict=True) if world.node == node for place in own}
+        for node in range(nodes)
+    ]
+    if order.CANONICAL_NODES % nodes == 0:
+        assert sum(map(len, by_node)) == order.CANONICAL_NODES
 
 
 def test_a_microbatch_leaves_out_what_follows_an_end_of_document(data):
@@ -283,12 +335,8 @@ def test_missing_and_truncated_shards_are_named(tmp_path):
 
 
 def test_batches_that_cannot_be_are_explained(data, monkeypatch):
-    with pytest.raises(UserError, match="1000 training samples, fewer than --global-batch-size 2000"):
-        batches_of(data, global_batch_size=2000)
     with pytest.raises(UserError, match="--global-batch-size 24 is not a multiple of --micro-batch-size 5 times the data-parallel size 1"):
-        batches_of(data, micro_batch_size=5)
-    with pytest.raises(UserError, match="25 samples were consumed, not a multiple"):
-        batches_of(data, consumed_samples=25)
+        validation([Stream(data)], micro_batch_size=5, global_batch_size=24)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="LOCAL_WORLD_SIZE is not set"):
         batches_of(data)
@@ -385,10 +433,14 @@ def test_a_url_needs_a_cache_folder():
         check_streams([Stream("s3://bucket/data")], seq_length=T)
 
 
+def _dataset_of(batches):
+    return inspect.getclosurevars(batches.gi_frame.f_locals["read"]).nonlocals["dataset"]
+
+
 def test_an_iteration_that_is_given_up_leaves_no_thread_polling(data):
     batches = batches_of(data)
     next(batches)
-    iteration = batches.gi_frame.f_locals["dataset"]._iterator
+    iteration = _dataset_of(batches)._iterator
     assert iteration._num_exited == 0, "no thread polls: this test tests nothing"
     batches.close()
     deadline = time.monotonic() + 10
@@ -400,7 +452,7 @@ def test_an_iteration_that_is_given_up_leaves_no_thread_polling(data):
 def test_an_iteration_given_up_late_does_not_end_the_next(data):
     batches = batches_of(data)
     next(batches)
-    dataset = batches.gi_frame.f_locals["dataset"]
+    dataset = _dataset_of(batches)
     earlier, later = iter(dataset), iter(dataset)
     next(earlier), next(later)
     earlier.close()
@@ -412,7 +464,7 @@ def test_a_program_ends_while_its_workers_wait(data):
     script = f"""
 from rat_megatron.data.loader.batches import train_batches
 from rat_megatron.data.loader.streams import Stream
-batches = train_batches([Stream({data!r})], global_batch_size=24, micro_batch_size=2, seq_length=2, eod_id=3, seed=7, num_workers=2)
+batches = train_batches([Stream({data!r})], micro_batch_size=2, seq_length=2, eod_id=3, seed=7, num_workers=2)
 next(batches)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=Path(__file__).parents[2])

@@ -1,21 +1,20 @@
 """MDS -> Megatron microbatches, through MosaicML Streaming. No Megatron here: `pretrain_rat.py` passes plain numbers.
 
-The order of the training samples is a function of the data and the seed alone: Streaming lays out each epoch as one sequence and hands
-global batch k the samples [k * gbs, (k + 1) * gbs) of it, whatever the number of nodes, ranks and workers. What that takes is fixed here
-(canonical nodes, shuffle block, `initial_physical_nodes`) and the position follows from the number of consumed samples.
-
-An epoch is as many whole global batches as the data has; the samples left over, fewer than one global batch and CANONICAL_NODES, are others
-in every epoch, as each epoch is shuffled anew. No sample comes twice in an epoch, unless a weight asks for more of a stream than it holds.
+The training samples are one sequence without end, epoch after epoch, that depends on the data, the blend and the seed alone (order.py). A
+global batch of g samples that begins after c consumed ones is the places [c, c + g) of it: a data-parallel rank gets every dp-th place,
+whatever the sizes of the batches, and hands its samples out microbatch after microbatch. No sample comes twice in an epoch, unless a
+weight asks for more of a stream than it holds.
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
+import itertools
 import multiprocessing.connection
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
@@ -23,58 +22,52 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from rat_megatron.data.loader.order import SHUFFLE_ALGORITHM, SHUFFLE_BLOCK, batches_per_epoch, canonical_nodes
+from rat_megatron.data.loader.order import SHUFFLE_ALGORITHM, SHUFFLE_BLOCK, canonical_nodes, places_of_rank, samples_per_epoch
 from rat_megatron.data.loader.shared_memory import claiming_shared_memory
 from rat_megatron.data.loader.streams import Stream, cache_folder, samples_of, training_cache_limit
 from rat_megatron.errors import UserError
 
-PREFETCHED_BATCHES = 8  # whose shards each worker fetches ahead of the one that it hands out
+PREFETCHED_READS = 8  # whose shards each worker fetches ahead of the one that it hands out
+
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of some samples, as _collate gives them
 
 
 def train_batches(
     streams: list[Stream],
     *,
-    global_batch_size: int,
     micro_batch_size: int,
     seq_length: int,
     eod_id: int,
     seed: int,
     consumed_samples: int = 0,
     data_parallel: tuple[int, int] = (0, 1),
+    samples_per_read: int = 64,
     num_workers: int = 2,
     shuffle: bool = True,
     cache: str | None = None,
     cache_limit: int | None = None,
     validation: list[Stream] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's microbatches (see `_microbatches`), from the first one after `consumed_samples` on, without end.
+    """This rank's microbatches (see `_microbatch`), from the first one after `consumed_samples` on, without end.
 
-    Collective: every rank constructs and iterates it. `data_parallel` is this rank's data-parallel rank and their number dp: equal ones
-    see the same samples, in whatever order the ranks of a model lie. Of each global batch, one gets 1/dp, as global_batch_size / dp /
-    micro_batch_size microbatches in a row. Of remote shards, at most about `cache_limit` bytes stay in the folder `cache`, those of the
-    `validation` streams (default: the same ones) included. Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the
-    environment; beyond one rank, torch.distributed is initialized. Raises UserError, also while iterated, for shards that are damaged
-    or cannot be had, and when a worker dies."""
+    Collective: every rank constructs it, and draws as many microbatches in each global batch as the others. `data_parallel` is this rank's
+    data-parallel rank and their number dp: equal ones see the same samples, in whatever order the ranks of a model lie. A worker reads
+    `samples_per_read` samples at a time, which changes nothing of what comes. Of remote shards, at most about `cache_limit` bytes stay in
+    the folder `cache`, those of the `validation` streams (default: the same ones) included. Reads RANK, WORLD_SIZE, LOCAL_RANK and
+    LOCAL_WORLD_SIZE from the environment; beyond one rank, torch.distributed is initialized. Raises UserError, also while iterated, for
+    shards that are damaged or cannot be had, and when a worker dies."""
     from rat_megatron.data.loader.checked_dataset import CheckedDataset
 
-    share = _data_parallel_share(global_batch_size, micro_batch_size, data_parallel)
-    if consumed_samples % global_batch_size:
-        raise UserError(
-            f"{consumed_samples} samples were consumed, not a multiple of --global-batch-size {global_batch_size}: "
-            "keep the batch size of the run that wrote the checkpoint."
-        )
+    _check_environment()
     samples = sum(samples_of(stream, "train", cache) for stream in streams)
-    batches = batches_per_epoch(samples, global_batch_size)
-    if not batches:
-        raise UserError(
-            f"--data-path has {samples} training samples, fewer than --global-batch-size {global_batch_size}: prepare more text."
-        )
-    logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)  # warns of a miscount of replicated samples; ours is exact
+    length = samples_per_epoch(samples)
+    if not length:
+        raise UserError("--data-path has no training samples: prepare more text.")
     with claiming_shared_memory():
         dataset = CheckedDataset(
             streams=_streaming_streams(streams, "train", cache),
-            batch_size=share,
-            predownload=PREFETCHED_BATCHES * share,
+            batch_size=samples_per_read,
+            predownload=PREFETCHED_READS * samples_per_read,
             cache_limit=training_cache_limit(streams, cache, cache_limit, validation),
             num_canonical_nodes=canonical_nodes(samples),
             shuffle=shuffle,
@@ -85,26 +78,59 @@ def train_batches(
         )
     _place(dataset, data_parallel)
 
+    def read(first: int, last: int) -> Generator[Columns]:
+        """This rank's samples of the places [first, last), all in one epoch, some at a time."""
+        epoch = first // length
+        state = {"epoch": epoch, "sample_in_epoch": first - epoch * length, "num_canonical_nodes": canonical_nodes(samples)}
+        dataset.load_state_dict({**state, "shuffle_seed": seed, "initial_physical_nodes": 1})
+        missing = len(places_of_rank(first, last, *dataset.place))
+        for columns in _batches(_loader(dataset, samples_per_read, num_workers)):
+            missing -= len(columns[0])
+            yield columns
+        if missing:
+            raise RuntimeError(f"epoch {epoch} of the data ended {missing} samples early")
+
     def microbatches() -> Iterator[dict[str, torch.Tensor]]:
-        epoch, first = divmod(consumed_samples // global_batch_size, batches)
+        place, end = consumed_samples, (consumed_samples // length + 1) * length
+        samples = _Samples()
+        samples.go_on_with(read(place, end))
         while True:
-            dataset.load_state_dict(
-                {
-                    "epoch": epoch,
-                    "sample_in_epoch": first * global_batch_size,
-                    "num_canonical_nodes": canonical_nodes(samples),
-                    "shuffle_seed": seed,
-                    # Streaming then lays out any number of nodes as it would one, also numbers that do not divide the canonical nodes.
-                    "initial_physical_nodes": 1,
-                }
-            )
-            loaded = _batches(_loader(dataset, share, num_workers))
-            for _ in range(first, batches):  # a loader that ends before fails: next() in a generator may not
-                yield from _microbatches(*next(loaded), micro_batch_size, seq_length, eod_id)
-            loaded.close()
-            epoch, first = epoch + 1, 0
+            place += micro_batch_size * data_parallel[1]
+            # All ranks begin an epoch at the same microbatch, needed by each or not: they wait for each other there.
+            while place > end:
+                samples.go_on_with(read(end, end + length))
+                end += length
+            yield _microbatch(*samples.take(micro_batch_size), seq_length, eod_id)
 
     return microbatches()
+
+
+class _Samples:
+    """Samples that come some at a time, to be taken in other numbers."""
+
+    def __init__(self) -> None:
+        self._source: Iterator[Columns] = iter(())
+        self._there: deque[Columns] = deque()
+
+    def go_on_with(self, source: Iterator[Columns]) -> None:
+        """Takes all that the source before still has, and begins the next."""
+        self._there.extend(self._source)
+        self._source = source
+        self._there.extend(itertools.islice(source, 1))
+
+    def take(self, count: int) -> Columns:
+        """The next `count` samples."""
+        parts: list[Columns] = []
+        while count:
+            tokens, answers, ids = self._there.popleft() if self._there else next(self._source)
+            parts.append((tokens[:count], answers[:count], ids[:count]))
+            if len(ids) > count:
+                self._there.appendleft((tokens[count:], answers[count:], ids[count:]))
+            count -= len(parts[-1][2])
+        if len(parts) == 1:
+            return parts[0]
+        tokens, answers, ids = (torch.cat(column) for column in zip(*parts, strict=True))
+        return tokens, answers, ids
 
 
 def validation_batches(
@@ -146,7 +172,8 @@ class _Validation:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in _batches(self.loader):
-            yield from _microbatches(*batch, self.micro_batch_size, self.seq_length, self.eod_id)
+            for tokens, answers, ids in zip(*(column.split(self.micro_batch_size) for column in batch), strict=True):
+                yield _microbatch(tokens, answers, ids, self.seq_length, self.eod_id)
 
 
 def samples_for_validation(streams: list[Stream], cache: str | None = None) -> int:
@@ -189,15 +216,19 @@ def _spread(streams: list[Stream], sizes: list[int], num_samples: int, global_ba
 
 def _data_parallel_share(global_batch_size: int, micro_batch_size: int, data_parallel: tuple[int, int]) -> int:
     """Samples of each global batch that a data-parallel rank gets. Raises UserError when they do not divide."""
-    world, groups = int(os.environ.get("WORLD_SIZE", "1")), data_parallel[1]
-    if world > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
-        raise UserError("LOCAL_WORLD_SIZE is not set: start with torchrun, or export the number of ranks on each node.")
+    _check_environment()
+    groups = data_parallel[1]
     if global_batch_size % (groups * micro_batch_size):
         raise UserError(
             f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} "
             f"times the data-parallel size {groups}: change one of them."
         )
     return global_batch_size // groups
+
+
+def _check_environment() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise UserError("LOCAL_WORLD_SIZE is not set: start with torchrun, or export the number of ranks on each node.")
 
 
 def _replication(data_parallel: tuple[int, int]) -> int:
@@ -230,20 +261,19 @@ def _streaming_streams(streams: list[Stream], split: str, cache: str | None) -> 
     return [one(stream) for stream in streams]
 
 
-def _loader(dataset: Any, share: int, num_workers: int) -> DataLoader:
-    """Yields this rank's share of one global batch, as `_collate` gives it."""
+def _loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:
+    """Yields this rank's samples, `batch_size` at a time, as `_collate` gives them."""
     return DataLoader(
         dataset,
-        batch_size=share,
+        batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
-        drop_last=True,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # the loader draws seeds for its workers: not from the model's generator
     )
 
 
-def _batches(loader: DataLoader) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _batches(loader: DataLoader) -> Generator[Columns]:
     """The loader's batches; what goes wrong in its workers raises UserError here, or wherever the program is when a worker dies."""
     batches = iter(loader)
     workers = getattr(batches, "_workers", [])  # there are none when this process reads itself
@@ -309,8 +339,8 @@ def _kill(workers: list[Any]) -> None:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens [share, s + 1], answers [share, 2] (0, 0 for a sample of plain text) and ids [share]."""
+def _collate(samples: list[dict[str, Any]]) -> Columns:
+    """tokens [n, s + 1], answers [n, 2] (0, 0 for a sample of plain text) and ids [n] of n samples."""
     tokens, answers = (np.stack(column).astype(np.int64) for column in zip(*map(_tokens_and_answer, samples), strict=True))
     return torch.from_numpy(tokens), torch.from_numpy(answers), torch.tensor([int(sample["id"]) for sample in samples])
 
@@ -325,21 +355,17 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _microbatches(
-    tokens: torch.Tensor, answers: torch.Tensor, ids: torch.Tensor, micro_batch_size: int, seq_length: int, eod_id: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """[share, s + 1], [share, 2], [share] -> dicts of [b, s]: tokens, labels, position_ids (int64) and loss_mask (float32); and sample_ids
-    [b] (int64), each sample's index in the streams laid end to end."""
-    position_ids = torch.arange(seq_length).expand(micro_batch_size, seq_length)
-    for part, part_answers, part_ids in zip(*(column.split(micro_batch_size) for column in (tokens, answers, ids)), strict=True):
-        inputs = part[:, :-1].contiguous()
-        yield {
-            "tokens": inputs,
-            "labels": part[:, 1:].contiguous(),
-            "loss_mask": loss_mask(inputs, part_answers, eod_id),
-            "position_ids": position_ids.contiguous(),
-            "sample_ids": part_ids.clone(),
-        }
+def _microbatch(tokens: torch.Tensor, answers: torch.Tensor, ids: torch.Tensor, seq_length: int, eod_id: int) -> dict[str, torch.Tensor]:
+    """[b, s + 1], [b, 2], [b] -> [b, s]: tokens, labels, position_ids (int64) and loss_mask (float32); and sample_ids [b] (int64), each
+    sample's index in the streams laid end to end."""
+    inputs = tokens[:, :-1].contiguous()
+    return {
+        "tokens": inputs,
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": loss_mask(inputs, answers, eod_id),
+        "position_ids": torch.arange(seq_length).expand(len(ids), seq_length).contiguous(),
+        "sample_ids": ids.clone(),
+    }
 
 
 def loss_mask(inputs: torch.Tensor, answers: torch.Tensor, eod_id: int) -> torch.Tensor:

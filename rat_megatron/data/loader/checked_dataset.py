@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from streaming import Stream, StreamingDataset
+from streaming.base.batching import generate_work
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format import FileInfo, Reader
@@ -22,6 +23,7 @@ from streaming.base.shared import SharedArray, _get_path
 from streaming.base.world import World
 
 from rat_megatron.data.loader.download import Downloader, damage, remove_unfinished
+from rat_megatron.data.loader.order import places_of_rank, samples_per_epoch
 from rat_megatron.data.loader.shared_memory import CHECKED
 from rat_megatron.errors import UserError
 
@@ -109,6 +111,37 @@ class CheckedDataset(StreamingDataset):
             raise
         if self._shard_states[shard_id] == _ShardState.LOCAL:
             self._check(shard_id)
+
+    # ---- which samples a worker reads ----------------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank's places in the sequence of samples (see `places_of_rank`), and the number of data-parallel ranks. Neighbours in the
+        sequence go to different nodes, as Streaming's canonical nodes take turns in it: each node then reads its own shards."""
+        world = self._parallel_rank_world
+        return world.node + world.num_nodes * world.rank_of_node, world.num_ranks
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        """The samples of this worker from `sample_in_epoch` on. Streaming's own deals every epoch out by itself, in equal shares, for
+        which it repeats samples at the end. Collective on the node, as that is."""
+        world = self._unique_worker_world
+        if world.is_local_leader:
+            order = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, 0)
+            shared = self._share_work(order)
+            self._shared_barrier(world.workers_per_node)
+        else:
+            self._shared_barrier(world.workers_per_node)
+            order, *shared = self._attach_work()
+        length = samples_per_epoch(self.epoch_size)
+        before = epoch * length
+        places = places_of_rank(before + sample_in_epoch, before + length, *self.place)
+        places = np.arange(places.start, places.stop, places.step) - before
+        turns = np.arange(len(places)) // self.batch_size % world.workers_per_rank  # the loader asks its workers in turn
+        own = order.reshape(-1)[places[turns == world.worker_of_rank]]
+        self._shared_barrier(world.workers_per_node)
+        for block in filter(None, shared):
+            block.cleanup()
+        return own
 
     # ---- each shard once per node --------------------------------------------------------------------------------------------------
 

@@ -26,15 +26,22 @@ def canonical_nodes(samples: int) -> int:
     return CANONICAL_NODES if samples >= SAMPLES_FOR_CANONICAL_NODES else 1
 
 
-def batches_per_epoch(samples: int, global_batch_size: int) -> int:
-    """Whole global batches in an epoch. Streaming evens out its parts with repeated samples at the very end: they are left out."""
-    return (samples - samples % canonical_nodes(samples)) // global_batch_size
+def samples_per_epoch(samples: int) -> int:
+    """Samples of an epoch of data that has `samples`: equal parts for the canonical nodes. The few left over are others in every epoch, as
+    each is shuffled anew."""
+    return samples - samples % canonical_nodes(samples)
+
+
+def places_of_rank(first: int, last: int, place: int, dp: int) -> range:
+    """The places in [first, last) of the endless sequence of samples that one of `dp` data-parallel ranks gets: those that are `place`
+    modulo dp. Any dp * n places in a row hold n of them, so every global batch is shared equally, wherever it begins."""
+    return range(first + (place - first) % dp, last, dp)
 
 
 # ---- facts in the checkpoint ---------------------------------------------------------------------------------------------------------
 
 
-def order_facts(streams: list[Stream], *, seed: int, global_batch_size: int, cache: str | None = None) -> dict[str, Any]:
+def order_facts(streams: list[Stream], *, seed: int, cache: str | None = None) -> dict[str, Any]:
     """All that the order of the training samples depends on, as plain numbers, strings, lists and dicts.
 
     A stream is known by `content`, a hash of its index.json, which has the hash of every shard, T and the type of the ids: its `path` is
@@ -46,7 +53,6 @@ def order_facts(streams: list[Stream], *, seed: int, global_batch_size: int, cac
             for stream, index in zip(streams, indices, strict=True)
         ],
         "seed": seed,
-        "global_batch_size": global_batch_size,
         "rules": [SHUFFLE_ALGORITHM, SHUFFLE_BLOCK, CANONICAL_NODES, SAMPLES_FOR_CANONICAL_NODES],
         "algorithm": hash_of(_example_order()),
         "libraries": f"mosaicml-streaming {version('mosaicml-streaming')}, numpy {version('numpy')}",
@@ -72,11 +78,11 @@ def order_difference(there: dict[str, Any], here: dict[str, Any], consumed_sampl
             return f"--data-path gives {now['path']} the weight {_weight(before)} there, {_weight(now)} here"
     if there["rules"] != here["rules"] or there["algorithm"] != here["algorithm"]:
         return f"samples in the order of {there['libraries']} there, of {here['libraries']} here, which differs"
-    samples = sum(stream["samples"] for stream in here["streams"])
-    lengths = [batches_per_epoch(samples, facts["global_batch_size"]) * facts["global_batch_size"] for facts in (there, here)]
-    if 0 in lengths or divmod(consumed_samples, lengths[0]) != divmod(consumed_samples, lengths[1]):
-        sizes = f"--global-batch-size {there['global_batch_size']} there, {here['global_batch_size']} here"
-        return f"{sizes}, and with it other ends of the epochs so far"
+    length = samples_per_epoch(sum(stream["samples"] for stream in here["streams"]))
+    if batch := there.get("global_batch_size"):  # of an older version, whose epochs were whole global batches
+        whole = length - length % batch
+        if divmod(consumed_samples, whole) != divmod(consumed_samples, length):
+            return f"epochs of {whole} samples there, whole batches of --global-batch-size {batch}, and of {length} here"
     return None
 
 

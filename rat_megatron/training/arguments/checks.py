@@ -11,6 +11,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from rat_megatron.errors import UserError
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.arguments import presets
+from rat_megatron.training.arguments.batch_size import check_batches, derive_batch_sizes
 from rat_megatron.training.arguments.data import check_data
 from rat_megatron.training.arguments.flags import given
 from rat_megatron.training.arguments.fp8 import check_fp8
@@ -18,6 +19,7 @@ from rat_megatron.training.arguments.layout import check_dilations, check_layout
 from rat_megatron.training.arguments.optimizer import check_optimizer
 from rat_megatron.training.arguments.outputs import check_outputs
 from rat_megatron.training.arguments.resume import check_checkpoints
+from rat_megatron.training.arguments.schedule import check_complete_schedule
 
 
 def check_and_derive(args: Namespace) -> dict[str, Any]:
@@ -28,7 +30,9 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     check_layout(args)
     check_fp8(args)
     check_outputs(args)
-    derived = _check_patterns(args) | check_data(args)
+    sizes = derive_batch_sizes(args)
+    args = Namespace(**vars(args) | sizes)
+    derived = sizes | _check_patterns(args) | check_data(args)
     check_ranks(args)
     derived |= {
         "load": args.load or args.save,
@@ -45,6 +49,7 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     if not (args.save and args.save_interval):
         derived["async_save"] = False  # the writer would wait for nothing
     check_checkpoints(args, derived)
+    check_batches(args, derived["rat_resumed"][1] if derived["rat_resumed"] else 0)
     return derived
 
 
@@ -52,9 +57,7 @@ def _check_complete(args: Namespace) -> None:
     for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"):
         if getattr(args, flag) is None and not (flag == "train_iters" and args.train_samples):
             raise UserError(f"--{flag.replace('_', '-')} is missing: give it, or a --rat-preset ({', '.join(presets.PRETRAIN)})")
-    decay_iters = args.lr_decay_iters or args.train_iters
-    if decay_iters and args.lr_warmup_iters >= decay_iters:
-        raise UserError(f"--lr-warmup-iters {args.lr_warmup_iters} must be below the {decay_iters} iterations of the decay")
+    check_complete_schedule(args)
 
 
 def _check_features(args: Namespace) -> None:
@@ -78,8 +81,6 @@ def _check_features(args: Namespace) -> None:
         raise UserError("--rerun-mode report_stats is not known to Megatron itself: give validate_results or disabled")
     if given("--async-strategy") == "nvrx":
         raise UserError("--async-strategy nvrx would write checkpoints without hashes: leave it out")
-    if args.rampup_batch_size or args.step_batch_size_schedule:
-        raise UserError("--rampup-batch-size and --step-batch-size-schedule are not supported: give a fixed --global-batch-size")
     if args.dataloader_type != "external" or args.mock_data:
         raise UserError("RAT+ reads MDS streams: give --data-path and leave out --dataloader-type and --mock-data")
 

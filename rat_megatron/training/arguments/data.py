@@ -14,6 +14,7 @@ from rat_megatron.data.loader.batches import samples_for_validation
 from rat_megatron.data.loader.order import order_facts
 from rat_megatron.data.loader.streams import Stream, check_streams, parse_data_path
 from rat_megatron.errors import UserError
+from rat_megatron.training.arguments.batch_size import batch_steps
 from rat_megatron.training.arguments.flags import given
 
 ONE_SET = ""  # the name of the only validation set
@@ -35,6 +36,8 @@ def check_data(args: Namespace) -> dict[str, Any]:
     for name, what in (("tokenizer_hash", "tokenizer"), ("eod_id", "end-of-document token")):
         if getattr(valid_meta, name) != getattr(meta, name):
             raise UserError(f"--train-data-path and --valid-data-path were prepared with another {what}: prepare one of them anew.")
+    if meta.train_samples < (batch := batch_steps(args)[-1][1]):
+        raise UserError(f"--data-path has {meta.train_samples} training samples, fewer than a global batch of {batch}: prepare more text")
     sets = _validation_sets(args, validation, valid_meta.has_validation)
     return {
         "vocab_size": vocab_size or max(meta.vocab_size, valid_meta.vocab_size),
@@ -42,7 +45,7 @@ def check_data(args: Namespace) -> dict[str, Any]:
         "rat_tokenizer_path": meta.tokenizer_path,
         "rat_tokenizer_name": meta.tokenizer_name,
         "rat_tokenizer_hash": meta.tokenizer_hash,
-        "rat_data_order": order_facts(streams, seed=args.seed, global_batch_size=_global_batch_size(args), cache=args.data_cache_path),
+        "rat_data_order": order_facts(streams, seed=args.seed, cache=args.data_cache_path),
         "rat_validation_sets": sets,
         "data_path": words,
         "eval_iters": max(sets.values(), default=0),
@@ -86,7 +89,7 @@ def _validation_sets(args: Namespace, streams: list[Stream], has_validation: boo
     sets = _named(args.validation_set_names, streams) if args.multiple_validation_sets else {ONE_SET: streams}
     if not args.full_validation:
         return dict.fromkeys(sets, args.eval_iters)
-    batch = args.eval_global_batch_size or _global_batch_size(args)
+    batch = args.eval_global_batch_size or batch_steps(args)[-1][1]
     iterations = {name: samples_for_validation(of_set, args.data_cache_path) // batch for name, of_set in sets.items()}
     for name, count in iterations.items():
         if not count:
@@ -105,8 +108,3 @@ def _named(names: list[str] | None, streams: list[Stream]) -> dict[str, list[Str
         if not re.fullmatch(r"[\w.+-]+", name) or names.count(name) > 1:
             raise UserError(f"--validation-set-names {' '.join(names)}: every name must be another, of letters, digits and . _ + -")
     return {name: [stream] for name, stream in zip(names, streams, strict=True)}
-
-
-def _global_batch_size(args: Namespace) -> int:
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    return args.global_batch_size or args.micro_batch_size * (args.world_size // model)

@@ -67,15 +67,37 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
     parser.error = _refuse  # type: ignore[method-assign, assignment]
     parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
     if preset := given("--rat-preset"):
-        recipe = dict((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))
-        if given("--lr-warmup-iters"):  # Megatron takes one of the two
-            recipe.pop("lr_warmup_fraction", None)
-        if given("--optimizer") == "muon":
-            recipe |= presets.MUON
-        parser.set_defaults(**recipe)
+        parser.set_defaults(**_recipe(preset))
     parser.set_defaults(**(derived or {}))
     _let_help_print(parser)
     return parser
+
+
+def _recipe(preset: str) -> dict[str, Any]:
+    """A preset's values, but for those that would stand against what was typed: Megatron takes a schedule in iterations or in samples, and
+    a warmup as one of these or a fraction."""
+    recipe = dict((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))
+    if not recipe:  # the parser will say so
+        return recipe
+    style = given("--lr-decay-style")
+    if style == "WSD":
+        recipe |= presets.wsd_decay(_typed_length(recipe["global_batch_size"]) or recipe["train_iters"])
+    if style in ("WSD", "constant"):
+        recipe = presets.with_fixed_warmup(recipe)
+    if any(map(given, ("--train-samples", "--rampup-batch-size", "--step-batch-size-schedule"))):
+        recipe = presets.in_samples(recipe)
+    if warmup := [name for name in ("fraction", "iters", "samples") if given(f"--lr-warmup-{name}")]:
+        for name in {"fraction", "iters", "samples"} - set(warmup):
+            recipe.pop(f"lr_warmup_{name}", None)
+    if given("--optimizer") == "muon":
+        recipe |= presets.MUON
+    return recipe
+
+
+def _typed_length(batch: int) -> int | None:
+    """Iterations of a run by the flags typed, with samples in batches of the preset's size."""
+    iterations, samples = given("--train-iters") or "", given("--train-samples") or ""
+    return int(iterations) if iterations.isdigit() else int(samples) // batch if samples.isdigit() else None
 
 
 def _let_help_print(parser: argparse.ArgumentParser) -> None:

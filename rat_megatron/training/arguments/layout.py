@@ -16,27 +16,13 @@ def check_layout(args: Namespace) -> None:
 
 
 def check_ranks(args: Namespace) -> None:
-    """Raises UserError unless the ranks are whole models, and the global batch is whole microbatches for each."""
+    """Raises UserError unless the ranks are whole models."""
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     model = tp * pp * cp
     if args.world_size % model:
         raise UserError(
             f"{args.world_size} ranks are not whole models of {model} ranks (--tensor-model-parallel-size {tp} x "
             f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}): start a multiple of {model}"
-        )
-    replicas = args.world_size // model
-    smallest = args.micro_batch_size * replicas
-    batch = args.global_batch_size or smallest
-    if batch % smallest:
-        raise UserError(
-            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {args.micro_batch_size} times the {replicas} "
-            f"data-parallel ranks: choose a multiple of {smallest}"
-        )
-    interleaved = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
-    if interleaved and args.microbatch_group_size_per_vp_stage is None and batch // smallest % pp:
-        raise UserError(
-            f"virtual pipeline stages take microbatches in groups of --pipeline-model-parallel-size {pp}, and a rank has "
-            f"{batch // smallest}: make --global-batch-size a multiple of {smallest * pp}"
         )
 
 

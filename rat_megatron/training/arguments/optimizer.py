@@ -28,6 +28,23 @@ def check_optimizer(args: Namespace) -> None:
         raise UserError(f"{typed} would change nothing with --optimizer {args.optimizer}: leave it out, or give --optimizer muon")
 
 
+def check_same_optimizer(args: Namespace, stored: Namespace, source: str) -> None:
+    """Raises UserError unless the state stored in ``source`` has this optimizer's names and shapes, which differ where ranks share it."""
+    remedy = "or --no-load-optim to begin its state anew"
+    there, here = getattr(stored, "optimizer", args.optimizer), args.optimizer
+    if there != here:
+        raise UserError(
+            f"the checkpoint in {source} was trained with --optimizer {there}, this run asks for {here}: give {there}, {remedy}"
+        )
+    shared = getattr(stored, "use_distributed_optimizer", False) or getattr(stored, "use_layer_wise_distributed_optimizer", False)
+    if shared != (args.use_distributed_optimizer or args.use_megatron_fsdp):
+        was, do = ("with", "give") if shared else ("without", "leave out")
+        raise UserError(
+            f"the checkpoint in {source} was trained {was} --use-distributed-optimizer, which keeps the optimizer's state in another form: "
+            f"{do} --use-distributed-optimizer, {remedy}"
+        )
+
+
 def _check_package() -> None:
     if find_spec("emerging_optimizers") is None:
         raise UserError("--optimizer muon needs the package emerging-optimizers: pip install 'emerging-optimizers>=0.3,<0.4'")

@@ -103,3 +103,22 @@ ADAPT: dict[str, dict[str, Any]] = {
     "2.6b": _2_6B | _NO_WARMUP | {"global_batch_size": 640, "lr": 7e-5, "train_iters": 381, "eval_iters": 200},
     "7.6b": _7_6B | {"lr_warmup_fraction": 0.02} | {"global_batch_size": 768, "lr": 2e-5, "train_iters": 317, "eval_iters": 166},
 }
+
+
+def with_fixed_warmup(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with its warmup in iterations, which does not change with the length of the run: it can then become longer."""
+    warmup = round(recipe["lr_warmup_fraction"] * recipe["train_iters"])
+    return {name: value for name, value in recipe.items() if name != "lr_warmup_fraction"} | {"lr_warmup_iters": warmup}
+
+
+def wsd_decay(train_iters: int) -> dict[str, Any]:
+    """The decay of --lr-decay-style WSD: 1 - sqrt over the last tenth of the run. MiniCPM (arXiv 2404.06395) decays over 10%; Hägele et al.
+    (arXiv 2405.18392) find 1 - sqrt better than a line."""
+    return {"lr_wsd_decay_style": "minus_sqrt", "lr_wsd_decay_iters": max(train_iters // 10, 1)}
+
+
+def in_samples(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The same recipe, of the same length, with samples counted in the place of iterations."""
+    names = {"train_iters": "train_samples", "lr_warmup_iters": "lr_warmup_samples", "lr_wsd_decay_iters": "lr_wsd_decay_samples"}
+    batch = recipe["global_batch_size"]
+    return {names.get(name, name): value * batch if name in names else value for name, value in recipe.items()}

@@ -1,4 +1,4 @@
-"""Whether a run can start from the checkpoint it names: the same architecture, and to resume also the same schedule and data."""
+"""Whether a run can start from the checkpoint it names: the same architecture, and to resume also the same data and schedule so far."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from typing import Any
 
 from rat_megatron.checkpoint import TRACKER_NAME
 from rat_megatron.checkpoint.hashes import iterations
-from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, read_checkpoint_args
+from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, find_iteration, read_checkpoint_args
 from rat_megatron.data.loader.order import order_difference
 from rat_megatron.errors import UserError
 from rat_megatron.training.arguments.layout import query_groups
+from rat_megatron.training.arguments.optimizer import check_same_optimizer
+from rat_megatron.training.arguments.schedule import Origin, check_batch_change, needs_no_override
 
 
 def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
-    """Raises UserError unless the checkpoint that the run starts from is there and fits; ``derived`` are defaults that args lack."""
+    """Raises UserError unless the checkpoint that the run starts from is there and fits; ``derived`` are defaults that args lack.
+
+    Adds what follows: ``rat_resumed``, the iteration and the samples consumed where the run resumes, ``rat_branch``, what a run that writes
+    to another folder resumes from, and which checkpoint and which schedule Megatron is to take.
+    """
+    derived |= {"ckpt_step": args.ckpt_step, "rat_resumed": None, "rat_branch": _branch(args)}
+    if _holds_this_branch(args):
+        derived |= {"load": args.save, "ckpt_step": None}
+        args = Namespace(**vars(args) | {"load": args.save, "ckpt_step": None})
     _check_folders(args)
     resumed = derived["load"] if derived["load"] and _has_checkpoint(derived["load"]) else None
     source = resumed or args.pretrained_checkpoint
@@ -24,7 +34,7 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
         return
     if resumed and args.pretrained_checkpoint and args.ckpt_step:
         derived["ckpt_step"] = None  # it names an iteration of the pretrained checkpoint, which this run has left behind
-    stored = read_checkpoint_args(Path(source), derived.get("ckpt_step", args.ckpt_step))
+    stored = read_checkpoint_args(Path(source), derived["ckpt_step"])
     there, here = _architecture(stored), _architecture(Namespace(**vars(args) | derived))
     for name, value in here.items():
         if there[name] != value:
@@ -32,12 +42,40 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
                 f"the checkpoint in {source} has {name} {there[name]}, this run asks for {value}: "
                 "give the flags of the checkpoint, or another folder"
             )
-    if resumed and not args.finetune and not args.skip_train:
-        _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
-        if not args.no_load_optim:
-            _check_optimizer(stored, args, source)
-        if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
-            _check_schedule(_schedule(stored), _schedule(args), source)
+    if not resumed or args.finetune or args.skip_train:
+        return
+    _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
+    if not args.no_load_optim:
+        check_same_optimizer(args, stored, source)
+    origin = _origin(args, stored, source, derived["ckpt_step"])
+    if origin is None:
+        return
+    derived["rat_resumed"] = origin.iteration, origin.consumed
+    if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+        check_batch_change(args, origin)
+        derived["override_opt_param_scheduler"] = needs_no_override(args, origin)
+
+
+def _origin(args: Namespace, stored: Namespace, source: str, step: int | None) -> Origin | None:
+    """Where the run resumes; None where the checkpoint does not say, as a converted one."""
+    name = find_iteration(Path(source), step).name.removeprefix("iter_")
+    if not name.isdigit():
+        return None
+    numbers = [int(path.name.removeprefix("iter_")) for path in iterations(Path(source))]
+    overwrites = bool(args.save) and _same(source, args.save) and max(numbers, default=0) > int(name)
+    return Origin(source, int(name), getattr(stored, "consumed_train_samples", 0), stored, numbers, overwrites)
+
+
+def _branch(args: Namespace) -> list | None:
+    """What a run that does not write where it reads resumes from."""
+    apart = args.load and args.save and not args.finetune and not args.skip_train and not _same(args.load, args.save)
+    return [str(Path(args.load).resolve()), args.ckpt_step] if apart else None
+
+
+def _holds_this_branch(args: Namespace) -> bool:
+    """Whether --save has what a run with this --load and --ckpt-step wrote: started again, it goes on from there."""
+    branch = _branch(args)
+    return bool(branch) and _has_checkpoint(args.save) and getattr(read_checkpoint_args(Path(args.save)), "rat_branch", None) == branch
 
 
 def _check_folders(args: Namespace) -> None:
@@ -65,47 +103,6 @@ def _check_folders(args: Namespace) -> None:
             f"--save {args.save} holds checkpoints already, which a run that starts from --load {args.load} would overwrite: leave out "
             "--load to resume from them, or give another folder"
         )
-
-
-def _check_optimizer(stored: Namespace, args: Namespace, source: str) -> None:
-    """The optimizer's state has the names and shapes of one optimizer, and others where data-parallel ranks share it."""
-    remedy = "or --no-load-optim to begin its state anew"
-    there, here = getattr(stored, "optimizer", args.optimizer), args.optimizer
-    if there != here:
-        raise UserError(
-            f"the checkpoint in {source} was trained with --optimizer {there}, this run asks for {here}: give {there}, {remedy}"
-        )
-    shared = getattr(stored, "use_distributed_optimizer", False) or getattr(stored, "use_layer_wise_distributed_optimizer", False)
-    if shared != (args.use_distributed_optimizer or args.use_megatron_fsdp):
-        was, do = ("with", "give") if shared else ("without", "leave out")
-        raise UserError(
-            f"the checkpoint in {source} was trained {was} --use-distributed-optimizer, which keeps the optimizer's state in another form: "
-            f"{do} --use-distributed-optimizer, {remedy}"
-        )
-
-
-def _check_schedule(there: dict[str, Any], here: dict[str, Any], source: str) -> None:
-    """Megatron insists on the checkpoint's schedule of learning rate and weight decay, but only while it loads."""
-    for name, value in here.items():
-        if value is not None and there.get(name) not in (None, value):
-            raise UserError(
-                f"the checkpoint in {source} was trained with {name} {there[name]}, this run asks for {value}: give the checkpoint's, or "
-                "--override-opt-param-scheduler for the schedule of this run, or --use-checkpoint-opt-param-scheduler for the checkpoint's"
-            )
-
-
-def _schedule(args: Namespace) -> dict[str, Any]:
-    """What fixes the learning rate and weight decay of every iteration; None where Megatron will fill it in."""
-    plain = ["lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_samples", "lr_decay_samples", "train_samples"]
-    plain += ["weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"]
-    schedule = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in plain}
-    batch, iterations = getattr(args, "global_batch_size", None), getattr(args, "train_iters", None)
-    if batch and iterations and not args.train_samples:
-        decay = batch * (args.lr_decay_iters or iterations)
-        warmup = batch * args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay
-        schedule |= {"--train-iters times --global-batch-size": batch * iterations}
-        schedule |= {"--lr-decay-iters times --global-batch-size": decay, "a warmup in samples of": warmup}
-    return schedule
 
 
 def _check_data_order(stored: Namespace, here: dict[str, Any], source: str, allowed: bool) -> None:

@@ -49,8 +49,8 @@ def _build_batches():
     if not args.skip_train:
         train = train_batches(
             streams,
-            global_batch_size=args.global_batch_size,
             micro_batch_size=args.micro_batch_size,
+            samples_per_read=max(args.global_batch_size // mpu.get_data_parallel_world_size(), 1),
             seed=args.seed,
             consumed_samples=args.consumed_train_samples,
             cache_limit=args.rat_data_cache_limit,

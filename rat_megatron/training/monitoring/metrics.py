@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.training.global_vars import get_args
 
 from rat_megatron.files import write_json
@@ -31,7 +32,7 @@ class RunMetrics:
     def __init__(self, folder: Path | None):
         self._folder = folder
         self._losses: dict[str, dict[str, float]] = {}  # by validation set
-        self._seconds: deque[float] = deque(maxlen=100)
+        self._speeds: deque[float] = deque(maxlen=100)  # tokens per second of the last iterations
         self.iteration = 0
         self.validation_set = ONE_SET
 
@@ -47,26 +48,26 @@ class RunMetrics:
             self._write()
 
     def timed(self, train_step: Callable) -> Callable:
-        """Wraps ``train_step`` so that its duration is noted. Megatron waits for the device at the end of each step."""
+        """Wraps ``train_step`` so that its speed is noted. Megatron waits for the device at the end of each step."""
 
         def step(*args, **kwargs):
+            tokens = get_current_running_global_batch_size() * get_args().seq_length
             start = time.perf_counter()
             result = train_step(*args, **kwargs)
-            self._seconds.append(time.perf_counter() - start)
+            self._speeds.append(tokens / (time.perf_counter() - start))
             return result
 
         return step
 
     def _write(self) -> None:
         args = get_args()
-        tokens = args.global_batch_size * args.seq_length
         content = {
             "iteration": self.iteration,
             "consumed_samples": args.consumed_train_samples,
             "pattern": args.rat_pattern,
             "recurrence": args.rat_recurrence,
             **({"patterns": self._losses[ONE_SET]} if ONE_SET in self._losses else {"validation_sets": self._losses}),
-            "tokens_per_second": tokens / statistics.median(self._seconds) if self._seconds else None,
+            "tokens_per_second": statistics.median(self._speeds) if self._speeds else None,
         }
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / REPORT_NAME, content)

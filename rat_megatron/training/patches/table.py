@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from rat_megatron.checkpoint import optimizer_rows
 from rat_megatron.ratplus.pattern import AttentionPattern
+from rat_megatron.training.arguments.batch_size import count_on
 from rat_megatron.training.loop.arl import arl_train_step, step_loaded_first
 from rat_megatron.training.loop.cuda_graphs import CudaGraphs
 from rat_megatron.training.loop.exit_signal import EarlyExitSignal
@@ -56,6 +57,12 @@ def _loop(args: Namespace, exit_signal: EarlyExitSignal, metrics: RunMetrics, gr
         sparse, target = AttentionPattern.parse(args.rat_arl_pattern), AttentionPattern.parse(args.rat_pattern)
         two_steps = partial(arl_train_step, sparse=sparse, dense=target)
         rows += [Patch(training, "train_step", two_steps, "Active recurrence learning: an iteration is a sparse and a dense step.")]
+    if args.train_samples and args.rat_resumed:
+        why = (
+            "Megatron counts the iterations of --train-samples as if the batch had always been what it is now: a run that resumes with "
+            "another one would end too early or too late."
+        )
+        rows += [Patch(training, "update_train_iters", lambda _: count_on, why)]
     return rows + [
         Patch(training, "train_step", step_loaded_first, "Both steps use the same microbatches, drawn before anything is computed."),
         Patch(training, "train_step", metrics.timed, "The tokens per second of report.json come from the duration of iterations."),
