@@ -33,6 +33,11 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
                 "give the flags of the checkpoint, or another folder"
             )
     if resumed and not args.finetune and not args.skip_train:
+        if getattr(stored, "rat_averaged_iterations", None):
+            raise UserError(
+                f"{source} holds averaged weights and no optimizer to resume with: start from them with --pretrained-checkpoint {source} "
+                "and a --save of its own"
+            )
         _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
         if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
             _check_schedule(_schedule(stored), _schedule(args), source)
