@@ -54,6 +54,12 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
         type=float,
         help="Without progress for so long, every rank shows its stack and the run ends. Default: it waits.",
     )
+    group.add_argument(
+        "--rat-skip-spikes",
+        type=float,
+        help="Leave out every iteration whose loss or gradient norm lies so many standard deviations above its running mean, or is not "
+        "finite: weights and optimizer stay as they were. 6 is rare. Default: none is left out, and what is not finite ends the run.",
+    )
     add_fp8_args(group)
 
     parser.error = _refuse  # type: ignore[method-assign, assignment]

@@ -38,6 +38,8 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
                 f"{source} holds averaged weights and no optimizer to resume with: start from them with --pretrained-checkpoint {source} "
                 "and a --save of its own"
             )
+        if not args.no_load_optim:  # a new optimizer has no state to put back yet
+            derived["rat_spikes"] = getattr(stored, "rat_spikes", None)
         _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
         if not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
             _check_schedule(_schedule(stored), _schedule(args), source)

@@ -6,6 +6,7 @@ once per pair, Adam twice. Source: arXiv 2602.18196, active recurrence learning.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,13 @@ def step_loaded_first(train_step: Callable[..., tuple]) -> Callable[..., tuple]:
     return step
 
 
+def leave_out_step(data_iterator: Any) -> None:
+    """In the place of Megatron's ``dummy_train_step``: the step's microbatches are drawn, on every rank, and not used."""
+    for iterator in unwrap_iterators(data_iterator):
+        iterator.load(get_num_microbatches())
+    get_rerun_state_machine().current_iteration += 1
+
+
 def unwrap_iterators(data_iterator: Any) -> list[Any]:
     """Our own iterators beneath what Megatron hands to a step: one per virtual pipeline chunk, none where a rank has no data."""
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
@@ -109,6 +117,16 @@ def arl_train_step(train_step: Callable[..., tuple], sparse: AttentionPattern, d
         return losses, int(bool(skipped) or bool(sparse_skipped)), should_checkpoint, should_exit, *rest
 
     return step
+
+
+def names_of_values(args: Namespace) -> list[str]:
+    """The names of an iteration's losses and gradient norms: of arl_train_step's loss dictionary, and of the norm beside it."""
+    names = ["lm loss", "grad norm"]
+    if args.rat_arl_pattern == "none":
+        return names
+    if args.rat_arl_pattern == args.rat_pattern:
+        return [*names, "lm loss before the update", f"grad norm {args.rat_arl_pattern}"]
+    return [*names, f"lm loss {args.rat_arl_pattern}", f"grad norm {args.rat_arl_pattern}"]
 
 
 def _gather_updated_parameters(model, optimizer) -> None:
