@@ -36,8 +36,6 @@ class StepIterator:
         return self
 
     def __next__(self) -> Any:
-        if self._position == len(self._step):  # a step that was not loaded: Megatron's --iterations-to-skip
-            self._step.append(next(self._source))
         self._position += 1
         return self._step[self._position - 1]
 
