@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter, save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -115,7 +116,8 @@ def latest_iteration(checkpoint: Path) -> str | None:
 
 
 class TorchDistCheckpoint:
-    """One iteration's folder. ``tensors`` maps every stored tensor's key to its DCP metadata (size, dtype, chunks).
+    """One iteration's folder. ``tensors`` maps every stored tensor's key to its DCP metadata (size, dtype, chunks); ``objects`` are the
+    keys of all else.
 
     Raises UserError when the folder is no finished torch_dist checkpoint or its pickles hold classes that are not allowed.
     """
@@ -129,22 +131,31 @@ class TorchDistCheckpoint:
         self._check_lengths()
         stored = self._metadata.state_dict_metadata
         self.tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self.objects = [key for key in stored if key not in self.tensors]
 
     def args(self) -> Namespace:
         """Megatron's arguments, as they were when the checkpoint was written."""
+        return self.common()["args"]
+
+    def common(self) -> dict[str, Any]:
+        """What Megatron keeps once for all ranks: ``args``, ``iteration`` and more."""
         legacy = self.folder / "common.pt"
         if legacy.is_file():
             common = _load_allowed(io.BytesIO(legacy.read_bytes()), legacy)
         else:
-            key = next((key for key in self._metadata.state_dict_metadata if key.split("/")[0] == "common_state"), None)
+            key = next((key for key in self.objects if key.split("/")[0] == "common_state"), None)
             if key is None:
                 raise UserError(f"{self.folder} has no arguments in it (neither common_state nor common.pt)")
-            destination, at, nothing = _Bytes(), MetadataIndex(key), torch.Size([0])
-            self._read([ReadItem(LoadItemType.BYTE_IO, at, nothing, at, nothing, nothing)], destination)
-            (common,) = _load_allowed(destination.value, self.folder)  # Megatron wraps the object in a list of its shards
+            (common,) = _load_allowed(self.read_object(key), self.folder)  # Megatron wraps the object in a list of its shards
         if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
             raise UserError(f"{self.folder} has no arguments in it: it was not written by Megatron's training loop")
-        return common["args"]
+        return common
+
+    def read_object(self, key: str) -> io.BytesIO:
+        """An object as it is stored, not unpickled."""
+        destination, at, nothing = _Bytes(), MetadataIndex(key), torch.Size([0])
+        self._read([ReadItem(LoadItemType.BYTE_IO, at, nothing, at, nothing, nothing)], destination)
+        return destination.value
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
         """A tensor in full, or its slice at one index of the first axis; only the chunks that hold it are read."""
@@ -190,18 +201,33 @@ class StoredTensor:
 
 
 def write_torch_dist(
-    folder: Path, tensors: Mapping[str, StoredTensor], read: Callable[[str, int], torch.Tensor], common: dict[str, Any], objects: list[str]
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    read: Callable[[str, int], torch.Tensor],
+    common: dict[str, Any],
+    objects: Mapping[str, io.BytesIO],
 ) -> None:
-    """Writes the tensors, which ``read(key, layer)`` gives when their turn has come, the common state, and empty objects under ``objects``.
+    """Writes the tensors, which ``read(key, layer)`` gives when their turn has come, the common state, and objects from stored_object().
 
-    A layer's tensors are stacked along a first axis with one chunk a layer, as Megatron's loader reads them.
+    A layer's tensors are stacked along a first axis with one chunk a layer, as Megatron's loader reads them. Raises what ``read`` raises.
     """
-    planner = _LazyPlanner(tensors, read, {"common_state/shard_0_1": common} | dict.fromkeys(objects))
+    planner = _LazyPlanner(tensors, read, {"common_state/shard_0_1": stored_object(common), **objects})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is not a distributed run
-        save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+        try:
+            save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+        except CheckpointException as error:
+            reason, _ = error.failures[0]
+            raise reason from None
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     write_hashes(folder)
+
+
+def stored_object(value: Any) -> io.BytesIO:
+    """An object as Megatron stores it: in a list of its shards."""
+    stored = io.BytesIO()
+    torch.save([value], stored)
+    return stored
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------------------------
@@ -296,7 +322,7 @@ def _refusal(source: Path, name: str) -> UserError:
 class _LazyPlanner(DefaultSavePlanner):
     """Plans from shapes alone, and gives DCP each tensor or object when it writes it."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], read: Callable[[str, int], torch.Tensor], objects: dict[str, Any]):
+    def __init__(self, tensors: Mapping[str, StoredTensor], read: Callable[[str, int], torch.Tensor], objects: Mapping[str, io.BytesIO]):
         super().__init__(flatten_state_dict=False)
         self._tensors, self._read, self._objects = tensors, read, objects
 
@@ -310,9 +336,7 @@ class _LazyPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         key, offset = write_item.index.fqn, write_item.index.offset
         if write_item.type is WriteItemType.BYTE_IO:
-            stored = io.BytesIO()
-            torch.save([self._objects[key]], stored)  # Megatron wraps an object in a list of its shards
-            return stored
+            return self._objects[key]
         if self._tensors[key].layers is None:
             return self._read(key, 0)
         return self._read(key, offset[0])[None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from rat_megatron.cli.doctor import doctor
-from rat_megatron.convert import convert_from_hf, convert_from_reference, convert_to_hf
+from rat_megatron.convert import convert_average, convert_from_hf, convert_from_reference, convert_to_hf
 from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import exit_2_on_bad_input
 from rat_megatron.evaluation.evaluate import evaluate
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-convert = typer.Typer(help="Convert checkpoints to and from other formats.", no_args_is_help=True, result_callback=print)
+convert = typer.Typer(help="Convert checkpoints to and from other formats, and average them.", no_args_is_help=True, result_callback=print)
 convert.command("to-hf", epilog="Example: rat-megatron convert to-hf runs/rat-1.5b exported/rat-1.5b --pattern d16 --dtype bfloat16")(
     convert_to_hf
 )
@@ -26,6 +26,7 @@ convert.command("from-hf", epilog="Example: rat-megatron convert from-hf exporte
 convert.command("from-reference", epilog="Example: rat-megatron convert from-reference rat-1.5b.pth exported/rat-1.5b --tokenizer llama-2")(
     convert_from_reference
 )
+convert.command("average", epilog="Example: rat-megatron convert average runs/rat-1.5b runs/rat-1.5b-average --last 5")(convert_average)
 
 app.command(epilog="Example: rat-megatron prepare hf://HuggingFaceFW/fineweb --subset sample-10BT --output data --tokenizer gpt2")(prepare)
 app.add_typer(convert, name="convert")

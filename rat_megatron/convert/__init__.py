@@ -1,4 +1,4 @@
-"""Checkpoints from and to other formats: three conversions, as functions and as the commands of `rat-megatron convert`.
+"""Checkpoints from and to other formats, and averages of them, as functions and as the commands of `rat-megatron convert`.
 
 A result appears under its name only when it is whole and checked. Whatever is wrong with the input raises UserError. Everything heavy
 is imported in the functions, so that --help is quick.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rat_megatron.convert.megatron_weights import MegatronWeights
     from rat_megatron.convert.reference_weights import ReferenceWeights
 
+_LAST = 5  # iterations, where none are named
 _RELEASE = "release"  # Megatron's name for weights that belong to no iteration: training begins at 0, with a new optimizer
 
 Output = Annotated[Path, Argument(help="Folder to write; must not exist or be empty.")]
@@ -60,6 +61,21 @@ class ConvertedCheckpoint:
 
     def __str__(self) -> str:
         return f"{self.output}: {_RELEASE}, {self.dtype}, pattern {self.pattern}, for --pretrained-checkpoint\n{self.check}"
+
+
+@dataclass(frozen=True)
+class AveragedCheckpoint:
+    """A checkpoint that was written, and the iterations that its weights are the mean of."""
+
+    output: Path
+    iterations: list[int]
+    dtype: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.output}: {_RELEASE}, {self.dtype}, mean of the weights of iteration {', '.join(map(str, self.iterations))}, "
+            "for --pretrained-checkpoint, --load with --skip-train, and convert to-hf"
+        )
 
 
 def convert_to_hf(
@@ -147,6 +163,29 @@ def convert_from_reference(
     weights = ReferenceWeights(file, num_attention_heads, max_position_embeddings, pattern)
     logits = partial(plain_logits, weights, weights.config)
     return _write_hf(weights, logits, file, output, wanted, shard_bytes, tokenizer, recipe={}, losses={})
+
+
+def convert_average(
+    checkpoint: Annotated[Path, Argument(help="Folder that Megatron's --save wrote.")],
+    output: Output,
+    *,
+    last: Annotated[int | None, Option(help=f"How many of the last iterations to average. Default: {_LAST}.")] = None,
+    steps: Annotated[list[int] | None, Option("--iteration", help="One of the iterations to average, in place of --last. Repeat.")] = None,
+) -> AveragedCheckpoint:
+    """Write the mean of a run's weights over several of its checkpoints as a checkpoint of weights.\f
+
+    It is computed in float64 and rounded once, to the type of the weights, one tensor (of a layer) at a time: memory for two of the
+    largest in float64.
+    """
+    from rat_megatron.checkpoint.torch_dist import TRACKER_NAME
+    from rat_megatron.convert.average import Average, find_iterations
+
+    check_output(output)
+    average = Average(find_iterations(checkpoint, _LAST if last is None and not steps else last, steps or []))
+    with atomic_folder(output) as written:
+        average.write(written / _RELEASE)
+        (written / TRACKER_NAME).write_text(_RELEASE)
+    return AveragedCheckpoint(output=output, iterations=average.iterations, dtype=" and ".join(sorted(map(_word, average.dtypes))))
 
 
 def _check_options(output: Path, dtype: str | None, tokenizer: Path | None, max_shard_size: str) -> tuple[torch.dtype | None, int]:

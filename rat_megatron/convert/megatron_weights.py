@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rat_megatron.checkpoint.hf_folder import EMBEDDING, HEAD, HfFolder, expected_shapes
-from rat_megatron.checkpoint.torch_dist import StoredTensor, TorchDistCheckpoint, write_torch_dist
+from rat_megatron.checkpoint.torch_dist import StoredTensor, TorchDistCheckpoint, stored_object, write_torch_dist
 from rat_megatron.convert.names import FUSED_QKV, TABLE, Row, fuse_qkv, split_fused_qkv
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusConfig
@@ -20,7 +20,7 @@ _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp
 
 
 class MegatronWeights:
-    """Where each weight of the config's model is in a checkpoint; raises UserError unless it holds these weights and no others."""
+    """Where each weight of the config's model is in a checkpoint, under ``keys``; raises UserError unless it holds these and no others."""
 
     def __init__(self, source: TorchDistCheckpoint, config: RatPlusConfig):
         self._source, self.config = source, config
@@ -40,9 +40,10 @@ class MegatronWeights:
                 if index is not None and stacked != config.num_hidden_layers:
                     raise UserError(f"{source.folder} stacks {stacked} layers in {key}, but its arguments say {config.num_hidden_layers}")
                 self._places[row, layer] = place
-        if unknown := sorted(keys - {key for key, _ in self._places.values()}):
+        self.keys = list(dict.fromkeys(key for key, _ in self._places.values()))
+        if unknown := sorted(keys.difference(self.keys)):
             raise UserError(f"{source.folder} holds {unknown[0]}, which a RAT+ model with these arguments does not have")
-        self.dtypes = {source.tensors[key].properties.dtype for key, _ in self._places.values()}
+        self.dtypes = {source.tensors[key].properties.dtype for key in self.keys}
 
     def hf_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face weight by name, read as it is asked for; raises UserError when its shape is not the config's."""
@@ -89,7 +90,8 @@ def write_megatron_weights(source: HfFolder, dtype: torch.dtype, args: Namespace
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},  # the layers' tensors are stacked
     }
     extra_states = [f"decoder.layers.{name}._extra_state/shard_{i}_{layers}" for name in _EXTRA_STATES for i in range(layers)]
-    write_torch_dist(folder, {key: stored(row) for key, row in rows.items()}, read, common, extra_states)
+    nothing = {key: stored_object(None) for key in extra_states}
+    write_torch_dist(folder, {key: stored(row) for key, row in rows.items()}, read, common, nothing)
 
 
 def _hf_names(row: Row, layer: int, source: HfFolder) -> list[str]:

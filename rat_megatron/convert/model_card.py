@@ -78,6 +78,8 @@ def recipe_of(args: Namespace) -> dict[str, str]:
         recipe["Trained with"] = f"pattern `{args.rat_pattern}`"
         if get("rat_arl_pattern") not in (None, "none"):
             recipe["Trained with"] += f", and each batch first under `{args.rat_arl_pattern}` (active recurrence learning)"
+        if iterations := get("rat_averaged_iterations"):
+            recipe["Weights"] = f"mean of those after {', '.join(f'{step:,}' for step in iterations)} steps"
         recipe["Start"] = "adapted from pretrained weights" if get("pretrained_checkpoint") else "pretrained from scratch"
     return recipe
 

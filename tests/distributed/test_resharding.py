@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from rat_megatron.checkpoint.torch_dist import find_iteration
 from rat_megatron.training.patches import Patch, applied
 from tests.distributed.layouts import tensors, train
+from tests.helpers import pretrain_environment
 
 TP2, PP2, CP2 = (["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--context-parallel-size", "2"])
 SP, VPP2 = ["--sequence-parallel"], ["--num-virtual-stages-per-pipeline-rank", "2"]
@@ -82,3 +85,18 @@ def test_checkpoints_move_between_layouts(ranks, data):
         assert len(resumed.losses) == 5  # four iterations and the validation
         for there, here in zip(uninterrupted.losses[4:], resumed.losses, strict=True):
             assert here == pytest.approx(there, rel=1e-4)
+
+
+def test_an_average_is_evaluated_at_any_layout(ranks, data):
+    folder = ranks / "average"
+    run = ["--data-path", data, "--rat-arl-pattern", "none", "--train-iters", 2]
+    trained = train(folder / "trained", *run, *CP2, "--save-interval", 1)
+    if torch.distributed.get_rank() == 0:
+        command = [sys.executable, "-m", "rat_megatron.cli.main", "convert", "average", trained.checkpoint, folder / "mean", "--last", "2"]
+        subprocess.run(list(map(str, command)), env=pretrain_environment(), check=True, capture_output=True)
+    torch.distributed.barrier()
+    evaluate = [*run, "--load", folder / "mean", "--skip-train"]
+    (expected,) = train(folder / "alone", *evaluate, alone=True).losses
+    (losses,) = train(folder / "tp2+pp2", *evaluate, *TP2, *PP2).losses
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert expected["lm loss"] != pytest.approx(trained.losses[-1]["lm loss"], rel=1e-5)  # that of the last iteration

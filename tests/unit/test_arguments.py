@@ -123,6 +123,13 @@ BAD = {
     "too few ranks": (["--tensor-model-parallel-size", "2"], "1 ranks are not whole models of 2 ranks .* start a multiple of 2"),
     "global batch": (["--global-batch-size", "5"], "--global-batch-size 5 is not a multiple of .* choose a multiple of 2"),
     "warm-up": (["--lr-warmup-iters", "5"], "--lr-warmup-iters 5 must be below the 1 iterations"),
+    "no deviations": (["--rat-skip-spikes", "0"], "--rat-skip-spikes 0 is no number of standard deviations: give one above 0"),
+    "endless deviations": (["--rat-skip-spikes", "inf"], "--rat-skip-spikes inf is no number of standard deviations"),
+    "skipping in fp16": (
+        ["--rat-skip-spikes", "6", "--fp16"],
+        "cannot undo a step with --fp16, as its loss scale .*: leave one of them out",
+    ),
+    "skipping and moments in FP8": (["--rat-skip-spikes", "6", "--exp-avg-sq-dtype", "fp8"], "cannot undo a step with --exp-avg-dtype fp8"),
     "missing load folder": (["--load", "nowhere"], "--load nowhere holds no checkpoint"),
     "missing pretrained checkpoint": (["--pretrained-checkpoint", "nowhere"], "nowhere holds no checkpoint"),
     "missing data": (["--data-path", "nowhere"], "nowhere/rat_meta.json does not exist"),

@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_not_trained_on(copy, tiny_data):
     common = {"args": checkpoint.args(), "iteration": 4, "checkpoint_version": 3.0}
     shutil.rmtree(folder)
     write_torch_dist(
-        folder, {key: StoredTensor(value.shape, value.dtype) for key, value in tensors.items()}, lambda key, _: tensors[key], common, []
+        folder, {key: StoredTensor(value.shape, value.dtype) for key, value in tensors.items()}, lambda key, _: tensors[key], common, {}
     )
     result = resume(tiny_data, copy, "--no-load-optim", "--no-load-rng", "--dist-ckpt-strictness", "ignore_all")
     assert result.returncode == 2 and "are not finite: resume from an iteration before" in result.stderr, result.stderr[-3000:]

@@ -128,7 +128,7 @@ def test_memory_follows_the_shard_not_the_model(tmp_path):
         group_query_attention=False, vocab_size=512, padded_vocab_size=512,
     )  # fmt: skip
     folder = tmp_path / "run" / "release"
-    write_torch_dist(folder, tensors, lambda key, layer: torch.randn(tensors[key].shape) / 16, {"args": args}, [])
+    write_torch_dist(folder, tensors, lambda key, layer: torch.randn(tensors[key].shape) / 16, {"args": args}, {})
     read_checkpoint_args(folder)  # imports what it needs
     gc.collect()
 

@@ -14,7 +14,7 @@ import torch
 from rat_megatron.checkpoint.torch_dist import TRACKER_NAME, TorchDistCheckpoint, find_iteration
 from rat_megatron.training.loop.arl import StepIterator
 from rat_megatron.training.monitoring import loss_spikes
-from rat_megatron.training.monitoring.loss_spikes import _Track
+from rat_megatron.training.monitoring.loss_spikes import Track
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment, tensorboard_scalars
 
 pytestmark = pytest.mark.slow
@@ -184,7 +184,7 @@ def test_a_run_without_progress_shows_its_stacks_and_ends(tiny_data, tmp_path):
 @pytest.mark.parametrize("name", ["lm loss", "lm loss d64", "grad norm d64", "grad norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_under_a_cuda_graph_what_is_not_finite_ends_the_run(megatron_process, name, value, tmp_path, monkeypatch):
-    options = Namespace(curr_iteration=6, save=str(tmp_path), data_path=["data"], cuda_graph_impl="full_iteration")
+    options = Namespace(curr_iteration=6, save=str(tmp_path), data_path=["data"], cuda_graph_impl="full_iteration", rat_skip_spikes=None)
     monkeypatch.setattr(loss_spikes, "get_args", lambda: options)
     values = {"lm loss": 2.0, "lm loss d64": 2.1, "grad norm d64": 0.5, "grad norm": 0.4}
     source = StepIterator(iter([{"sample_ids": torch.tensor([7, 3])}]))
@@ -210,7 +210,7 @@ def test_a_falling_noisy_loss_does_not_jump(noise):
     import random
 
     generator = random.Random(3)
-    track = _Track()
+    track = Track()
     values = [5.0 - 0.002 * n + noise * generator.gauss(0, 1) for n in range(1000)]
     assert all(track.jumped_from(value) is None for value in values)
     assert track.jumped_from(float("nan")) is None
@@ -218,7 +218,7 @@ def test_a_falling_noisy_loss_does_not_jump(noise):
 
 
 def test_infinity_hides_no_later_jump():
-    track = _Track()
+    track = Track()
     for value in (float("inf"), float("nan"), *[2.0 + index % 2 / 100 for index in range(60)]):
         assert track.jumped_from(value) is None  # while there is nothing to compare with
     assert track.jumped_from(float("inf")) == pytest.approx(2.0, abs=0.02)

@@ -75,13 +75,14 @@ def test_megatron_calls_every_patched_name_and_has_its_own_back(run, tmp_path):
     calls: Counter = Counter()
     rows = run(tmp_path, "--train-iters", 2, "--save-interval", 2, "--eval-interval", 2, more=lambda rows: counting(calls, rows))
     own = {(row.owner, row.name): getattr(row.owner, row.name) for row in rows}
-    run(tmp_path, "--train-iters", 3, "--override-opt-param-scheduler", more=lambda rows: counting(calls, rows))
+    more = ["--train-iters", 4, "--iterations-to-skip", 3, "--override-opt-param-scheduler"]
+    run(tmp_path, *more, more=lambda rows: counting(calls, rows))
     assert all(getattr(owner, name) is function for (owner, name), function in own.items()), "a second run leaves what the first one left"
     assert not any("rat_megatron" in (getattr(function, "__module__", None) or "") for function in own.values())
     missing = {row.name for row in rows if inspect.isroutine(getattr(row.owner, row.name))} - calls.keys()
     assert missing <= NOT_HERE, f"Megatron no longer calls {sorted(missing)} where the table of patches has them"
     assert calls["train_step"] == 3, "once an iteration, each of which is two steps inside"
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
     for row in rows:
         assert row.why.endswith("."), row.name
 

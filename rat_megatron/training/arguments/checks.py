@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -27,6 +28,7 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     _check_complete(args)
     _check_features(args)
     check_optimizer(args)
+    _check_skipping(args)
     check_layout(args)
     check_fp8(args)
     check_outputs(args)
@@ -39,8 +41,10 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
         "max_position_embeddings": args.max_position_embeddings or args.seq_length,
         "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
     }
-    if args.cuda_graph_impl == "full_iteration":  # Megatron insists; loss_spikes.py looks for NaN after every iteration
+    derived["rat_spikes"] = None  # what --rat-skip-spikes compares with: resume.py takes it from a checkpoint
+    if args.rat_skip_spikes or args.cuda_graph_impl == "full_iteration":  # looked at after every iteration; with graphs Megatron insists
         derived["check_for_nan_in_loss_and_grad"] = False
+    if args.cuda_graph_impl == "full_iteration":
         if args.rerun_mode == "validate_results":  # it would validate nothing, and wait for the device before every optimizer step
             derived["rerun_mode"] = "disabled"
     if args.async_save:
@@ -83,6 +87,30 @@ def _check_features(args: Namespace) -> None:
         raise UserError("--async-strategy nvrx would write checkpoints without hashes: leave it out")
     if args.dataloader_type != "external" or args.mock_data:
         raise UserError("RAT+ reads MDS streams: give --data-path and leave out --dataloader-type and --mock-data")
+
+
+def _check_skipping(args: Namespace) -> None:
+    """What a snapshot on the device (loop/snapshot.py) cannot put back bit by bit."""
+    if args.rat_skip_spikes is None:
+        return
+    if not 0 < args.rat_skip_spikes < math.inf:
+        raise UserError(f"--rat-skip-spikes {args.rat_skip_spikes:g} is no number of standard deviations: give one above 0, such as 6")
+    reasons = {
+        "--fp16": (args.fp16, "its loss scale follows from the gradients of every step"),
+        "--optimizer-cpu-offload": (args.optimizer_cpu_offload, "it has parameters of its own in host memory"),
+        "--fp8-param-gather": (args.fp8_param_gather, "its weights have scales and transposes of their own"),
+        "--fp4-param-gather": (args.fp4_param_gather, "its weights have scales and transposes of their own"),
+        "--exp-avg-dtype fp8": ("fp8" in (args.exp_avg_dtype, args.exp_avg_sq_dtype), "such moments are rounded anew by every copy"),
+        "--use-megatron-fsdp": (args.use_megatron_fsdp, "it keeps weights in buffers of its own"),
+        "--use-torch-fsdp2": (args.use_torch_fsdp2, "it keeps weights in buffers of its own"),
+        "--overlap-param-gather-with-optimizer-step": (
+            args.overlap_param_gather_with_optimizer_step,
+            "it sends weights out before the loss has been compared",
+        ),
+    }
+    for flag, (is_given, reason) in reasons.items():
+        if is_given:
+            raise UserError(f"--rat-skip-spikes cannot undo a step with {flag}, as {reason}: leave one of them out")
 
 
 def _check_patterns(args: Namespace) -> dict[str, Any]:

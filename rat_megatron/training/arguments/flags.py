@@ -62,6 +62,12 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
     group.add_argument(
         "--no-async-save", action="store_false", dest="async_save", help="Training waits until a checkpoint is written, as on a CPU."
     )
+    group.add_argument(
+        "--rat-skip-spikes",
+        type=float,
+        help="Leave out every iteration whose loss or gradient norm lies so many standard deviations above its running mean, or is not "
+        "finite: weights and optimizer stay as they were. 6 is rare. Default: none is left out, and what is not finite ends the run.",
+    )
     add_fp8_args(group)
 
     parser.error = _refuse  # type: ignore[method-assign, assignment]

@@ -44,9 +44,15 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
             )
     if not resumed or args.finetune or args.skip_train:
         return
+    if getattr(stored, "rat_averaged_iterations", None):
+        raise UserError(
+            f"{source} holds averaged weights and no optimizer to resume with: start from them with --pretrained-checkpoint {source} "
+            "and a --save of its own"
+        )
     _check_data_order(stored, derived["rat_data_order"], source, args.rat_allow_data_change)
     if not args.no_load_optim:
         check_same_optimizer(args, stored, source)
+        derived["rat_spikes"] = getattr(stored, "rat_spikes", None)  # a new optimizer has no state to put back yet
     origin = _origin(args, stored, source, derived["ckpt_step"])
     if origin is None:
         return

@@ -6,6 +6,7 @@ once per pair, Adam twice. Source: arXiv 2602.18196, active recurrence learning.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,8 +36,6 @@ class StepIterator:
         return self
 
     def __next__(self) -> Any:
-        if self._position == len(self._step):  # a step that was not loaded: Megatron's --iterations-to-skip
-            self._step.append(next(self._source))
         self._position += 1
         return self._step[self._position - 1]
 
@@ -62,6 +61,13 @@ def step_loaded_first(train_step: Callable[..., tuple]) -> Callable[..., tuple]:
         return train_step(forward_step_func, data_iterator, *args, **kwargs)
 
     return step
+
+
+def leave_out_step(data_iterator: Any) -> None:
+    """In the place of Megatron's ``dummy_train_step``: the step's microbatches are drawn, on every rank, and not used."""
+    for iterator in unwrap_iterators(data_iterator):
+        iterator.load(get_num_microbatches())
+    get_rerun_state_machine().current_iteration += 1
 
 
 def unwrap_iterators(data_iterator: Any) -> list[Any]:
@@ -109,6 +115,16 @@ def arl_train_step(train_step: Callable[..., tuple], sparse: AttentionPattern, d
         return losses, int(bool(skipped) or bool(sparse_skipped)), should_checkpoint, should_exit, *rest
 
     return step
+
+
+def names_of_values(args: Namespace) -> list[str]:
+    """The names of an iteration's losses and gradient norms: of arl_train_step's loss dictionary, and of the norm beside it."""
+    names = ["lm loss", "grad norm"]
+    if args.rat_arl_pattern == "none":
+        return names
+    if args.rat_arl_pattern == args.rat_pattern:
+        return [*names, "lm loss before the update", f"grad norm {args.rat_arl_pattern}"]
+    return [*names, f"lm loss {args.rat_arl_pattern}", f"grad norm {args.rat_arl_pattern}"]
 
 
 def _gather_updated_parameters(model, optimizer) -> None:

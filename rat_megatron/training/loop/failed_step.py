@@ -65,7 +65,7 @@ def _explanation(args: Namespace, exit_code: int, finite: bool, saves: bool) -> 
         return text + (
             f"Computed again here, the result was the same: its samples are in {FOLDER_NAME}/ beside the checkpoints. Start the run again, "
             "on another device if you can: if it passes, this device was at fault; if it ends here again, lower --lr or --clip-grad, or "
-            f"leave this iteration out with --iterations-to-skip {iteration + 1}"
+            f"leave this iteration out with --iterations-to-skip {iteration + 1}, or all such with --rat-skip-spikes"
         )
     return text + "Computed again here, the result was another: this device may be at fault, so start the run again without it"
 

@@ -47,19 +47,21 @@ def noting_spikes(train_step: Callable) -> Callable:
     gradient norm that is not finite is noted the same way and ends the run with a RuntimeError, before its update can be saved.
     Megatron has read the gradient norm from the device by then, so reading the losses costs no further wait.
     """
-    tracks: dict[str, _Track] = {}
+    tracks: dict[str, Track] = {}
 
     def step(forward_step_func: Callable, data_iterator: Any, *args: Any, **kwargs: Any) -> tuple:
         result = train_step(forward_step_func, data_iterator, *args, **kwargs)
+        if get_args().rat_skip_spikes and result[1]:
+            return result  # left out, and noted, by loop/skipped_spikes.py
         if get_args().cuda_graph_impl == "full_iteration" and result[0]:
             _end_unless_finite({**result[0], "grad norm": result[5]}, data_iterator)
         for name, loss in (result[0] or {}).items():  # on the last pipeline stage, where the losses are; alike on all its ranks
             if "loss" not in name:
                 continue
             loss, iteration = float(loss), get_args().curr_iteration + 1
-            if (mean := tracks.setdefault(name, _Track()).jumped_from(loss)) is not None:
+            if (mean := tracks.setdefault(name, Track()).jumped_from(loss)) is not None:
                 facts = {"loss": loss if math.isfinite(loss) else str(loss), "running_mean": mean}
-                if _note_batch("jump", name, iteration, data_iterator, **facts):
+                if note_batch("jump", name, iteration, data_iterator, **facts):
                     print(f"rat-megatron: {name} jumped from {mean:.4f} to {loss:.4f} at iteration {iteration}", flush=True)
         return result
 
@@ -74,11 +76,11 @@ def _end_unless_finite(values: dict[str, Any], data_iterator: Any) -> None:
     for name, value in values.items():
         if value is not None and not math.isfinite(value):  # None: no parameters on this rank
             iteration = get_args().curr_iteration + 1
-            _note_batch("nan", name, iteration, data_iterator)
+            note_batch("nan", name, iteration, data_iterator)
             raise RuntimeError(f"found {float(value)} in {name} of iteration {iteration}: see {FOLDER_NAME}/ beside the checkpoints")
 
 
-def _note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **facts: float | str) -> bool:
+def note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **facts: float | str) -> bool:
     """Notes the samples of the whole global batch; returns whether this is the one rank of the last stage that wrote them."""
     ids = [number for it in unwrap_iterators(data_iterator)[:1] for number in it.sample_ids()]
     every: list = [None] * mpu.get_data_parallel_world_size()
@@ -90,26 +92,32 @@ def _note_batch(kind: str, name: str, iteration: int, data_iterator: Any, **fact
     return first
 
 
-class _Track:
-    """Running mean and variance of one loss."""
+class Track:
+    """Running mean and variance of one number of every iteration, of the last fifty or so."""
 
-    def __init__(self):
-        self._seen, self._mean, self._variance = 0, 0.0, 0.0
+    def __init__(self, seen: int = 0, mean: float = 0.0, variance: float = 0.0):
+        self.seen, self.mean, self.variance = seen, mean, variance
+
+    def state(self) -> list[float]:
+        """What a Track is made of again."""
+        return [self.seen, self.mean, self.variance]
+
+    def is_far(self, value: float, deviations: float) -> bool:
+        """Whether ``value`` lies that many standard deviations above the mean; never before there are enough to tell."""
+        return self.seen >= _WARM_UP and value - self.mean > deviations * math.sqrt(self.variance)
+
+    def add(self, value: float) -> None:
+        weight, deviation = max(1 - _DECAY, 1 / (self.seen + 1)), value - self.mean
+        self.seen += 1
+        self.mean += weight * deviation
+        self.variance = (1 - weight) * (self.variance + weight * deviation**2)
 
     def jumped_from(self, loss: float) -> float | None:
         """The running mean, if ``loss`` lies far above it, as infinity does. What is not finite changes nothing."""
-        if not math.isfinite(loss):
-            return self._mean if loss > 0 and self._seen >= _WARM_UP else None
-        deviation = loss - self._mean
-        far = self._seen >= _WARM_UP and deviation > _DEVIATIONS * math.sqrt(self._variance)
-        mean = self._mean if far else None
-        weight = max(1 - _DECAY, 1 / (self._seen + 1))
-        if far:  # one jump must not hide the next
-            deviation = _DEVIATIONS * math.sqrt(self._variance)
-        self._seen += 1
-        self._mean += weight * deviation
-        self._variance = (1 - weight) * (self._variance + weight * deviation**2)
-        return mean
+        far, mean = self.is_far(loss, _DEVIATIONS), self.mean
+        if math.isfinite(loss):  # one jump must not hide the next
+            self.add(min(loss, mean + _DEVIATIONS * math.sqrt(self.variance)) if far else loss)
+        return mean if far else None
 
 
 def _note(name: str, iteration: int, reason: str, sample_ids: list[int], **facts: float | str) -> None:

@@ -23,10 +23,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from rat_megatron.checkpoint import optimizer_rows
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.arguments.batch_size import count_on
-from rat_megatron.training.loop.arl import arl_train_step, step_loaded_first
+from rat_megatron.training.loop.arl import arl_train_step, leave_out_step, names_of_values, step_loaded_first
 from rat_megatron.training.loop.cuda_graphs import CudaGraphs
 from rat_megatron.training.loop.exit_signal import EarlyExitSignal
 from rat_megatron.training.loop.failed_step import ending_whole
+from rat_megatron.training.loop.skipped_spikes import skipping_spikes
 from rat_megatron.training.loop.validation import evaluate_patterns, record_losses
 from rat_megatron.training.monitoring.flops import iteration_flops
 from rat_megatron.training.monitoring.loss_spikes import noting_spikes
@@ -63,8 +64,17 @@ def _loop(args: Namespace, exit_signal: EarlyExitSignal, metrics: RunMetrics, gr
             "another one would end too early or too late."
         )
         rows += [Patch(training, "update_train_iters", lambda _: count_on, why)]
+    if args.rat_skip_spikes:
+        skipping = partial(skipping_spikes, args=args, names=names_of_values(args))
+        why = "--rat-skip-spikes: Megatron updates before anyone has compared the loss, and knows no running statistics."
+        rows += [Patch(training, "train_step", skipping, why)]
     return rows + [
         Patch(training, "train_step", step_loaded_first, "Both steps use the same microbatches, drawn before anything is computed."),
+        Patch(
+            training, "dummy_train_step", lambda _: leave_out_step,
+            "--iterations-to-skip draws the batch on the first tensor-parallel rank and sends it to the others in another form: here every "
+            "rank draws its own, and those that did not would stay a batch behind.",
+        ),
         Patch(training, "train_step", metrics.timed, "The tokens per second of report.json come from the duration of iterations."),
         Patch(training, "train_step", noting_spikes, "A NaN or a jump of the loss leaves the samples it came from."),
         Patch(
