@@ -19,6 +19,7 @@ LAYOUTS = {
     "tp2+pp2": [*TP2, *PP2, "--sequence-parallel"],
     "pp2+vpp2+dp2, bf16 overlapped": [*PP2, "--num-virtual-stages-per-pipeline-rank", "2", "--bf16", *OVERLAP],
     "dp4, distributed optimizer": OVERLAP[:1],
+    "tp2+dp2, muon": [*TP2, "--optimizer", "muon", "--bf16", *OVERLAP],
 }
 POISONED, LAST = 7, 9
 

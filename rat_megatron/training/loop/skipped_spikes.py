@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from rat_megatron.errors import RunFailed
 from rat_megatron.training.loop.snapshot import Snapshot
@@ -63,7 +64,7 @@ def skipping_spikes(train_step: Callable[..., tuple], args: Namespace, names: li
                 f"the last {_MOST_IN_A_ROW} iterations, up to {args.curr_iteration + 1}, were left out by --rat-skip-spikes: look at their "
                 f"samples in {FOLDER_NAME}/ beside the checkpoints, or resume with a larger --rat-skip-spikes"
             )
-        args.skipped_train_samples += args.global_batch_size
+        args.skipped_train_samples += get_current_global_batch_size()
         return losses, 1, should_checkpoint, should_exit, exit_code, grad_norm, *others
 
     return step

@@ -108,8 +108,7 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
 
 
 def _gather_weights(model: list, optimizer: Any) -> None:
-    """Brings the shards of the distributed optimizer to every rank, where the next forward pass will not."""
-    args = get_args()
-    overlapped = should_disable_forward_pre_hook(args) and model[0].remove_forward_pre_hook_handles
-    if args.use_distributed_optimizer and not overlapped:
+    """Brings what only one rank has of the weights to every other, where the next forward pass will not."""
+    overlapped = should_disable_forward_pre_hook(get_args()) and model[0].remove_forward_pre_hook_handles
+    if model[0].ddp_config.use_distributed_optimizer and not overlapped:  # Muon's too
         force_param_sync(model, optimizer)
