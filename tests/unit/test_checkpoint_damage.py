@@ -22,7 +22,7 @@ from rat_megatron.checkpoint.hashes import HASHES_NAME, check_hashes, unfinished
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, latest_iteration
 from rat_megatron.convert import convert_to_hf
 from rat_megatron.errors import UserError
-from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain, pretrain_command, pretrain_environment
+from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain, pretrain_command, pretrain_environment, pretrain_here
 
 pytestmark = pytest.mark.slow
 
@@ -312,17 +312,18 @@ def test_kills_at_random_moments_of_saves_lose_nothing(tiny_data, tmp_path):
         latest = int(latest_iteration(killed))
         check_hashes(killed / f"iter_{latest:07d}")
     pretrain(*words, "--save", killed, "--async-save")
-    pretrain(*words, "--save", tmp_path / "alone", "--save-interval", 24)
+    pretrain_here(*words, "--save", tmp_path / "alone", "--save-interval", 24)
     assert same_weights(killed / "iter_0000024", tmp_path / "alone" / "iter_0000024")
 
 
 def test_a_writer_that_is_gone_ends_the_run(tiny_data, tmp_path):
     kill = "from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller as caller"
-    kill += "; caller._persistent_process.kill(); caller._persistent_process.join()"
-    kill += "; caller.schedule_async_call = lambda self, request: None"  # as if it had died when it had the weights
+    kill += "; from megatron.training.async_utils import maybe_finalize_async_save as finish; finish(blocking=True)"
+    kill += "; decide(model, optimizer, scheduler, iteration, *rest); caller._persistent_process.kill()"  # with iteration 4 in flight
     result = run_faulty(tiny_data, tmp_path, kill, "--async-save")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
     assert "the process that writes checkpoints has ended (exit code -9)" in result.stderr and "still that of iteration 2" in result.stderr
+    assert (tmp_path / TRACKER_NAME).read_text() == "2"
 
 
 def test_hashes_in_one_process(tmp_path):

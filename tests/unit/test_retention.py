@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rat_megatron.checkpoint import TRACKER_NAME
 from rat_megatron.checkpoint.hashes import unfinished
 from rat_megatron.checkpoint.retention import ADAPTED_NAME, remove_old
 from rat_megatron.training.patches.saving import SECONDS_NAME
-from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain
+from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain, pretrain_here
 
 FLAGS = [*MODEL_FLAGS, *TRAIN_FLAGS, "--rat-arl-pattern", "none", "--eval-iters", 0]
 
@@ -58,18 +59,27 @@ def test_a_removal_that_was_cut_off_is_finished(tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("*iter*"))] == ["iter_0000020", TRACKER_NAME]
 
 
+def threads_are_done() -> None:
+    """What is removed at the end of a run, before its process ends."""
+    for thread in threading.enumerate():
+        if thread.name == "removing checkpoints":
+            thread.join()
+
+
 @pytest.mark.slow
 def test_a_run_keeps_few_and_those_that_others_adapt(tiny_data, tmp_path):
     run, adapted = tmp_path / "run", tmp_path / "adapted"
     words = [*FLAGS, "--data-path", tiny_data, "--save-interval", 2, "--lr-decay-iters", 20, "--save", run]
-    pretrain(*words, "--train-iters", 6, "--rat-keep-checkpoints", 2)
+    pretrain_here(*words, "--train-iters", 6, "--rat-keep-checkpoints", 2)
+    threads_are_done()
     assert names(run) == [4, 6] and float((run / SECONDS_NAME).read_text()) > 0
-    pretrain(*FLAGS, "--data-path", tiny_data, "--train-iters", 1, "--pretrained-checkpoint", run, "--ckpt-step", 4, "--save", adapted)
+    pretrain_here(*FLAGS, "--data-path", tiny_data, "--train-iters", 1, "--pretrained-checkpoint", run, "--ckpt-step", 4, "--save", adapted)
     assert (run / "iter_0000004" / ADAPTED_NAME).read_text() == f"{adapted.resolve()}\n"
     resume = ["--override-opt-param-scheduler", "--train-iters", 14, "--rat-keep-checkpoints", 1, "--save-retain-interval", 4]
     pretrain(*words, *resume, "--async-save")
     assert names(run) == [4, 8, 12, 14]
     assert not list(run.glob(".iter*"))
     shutil.rmtree(run / "iter_0000008")  # nothing that the tracker names, so the next run goes on
-    pretrain(*words, *resume[:1], "--train-iters", 16, "--save-retain-interval", 12)
+    pretrain_here(*words, *resume[:1], "--train-iters", 16, "--save-retain-interval", 12)
+    threads_are_done()
     assert names(run) == [4, 12, 16]

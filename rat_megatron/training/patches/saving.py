@@ -105,7 +105,7 @@ class Saves:
         # --save-retain-interval alone: Megatron's word for the last one and every N-th.
         keep, every = self._args.rat_keep_checkpoints, self._args.save_retain_interval
         if keep or every:
-            threading.Thread(target=_remove, args=(folder, keep or 1, every)).start()
+            threading.Thread(target=_remove, args=(folder, keep or 1, every), name="removing checkpoints").start()
 
     def _has_room(self, model: list) -> bool:
         """Whether the host of every rank has memory for the copies of its ranks."""
