@@ -6,14 +6,12 @@ as reading and xxh64 both let the others run.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import re
-import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +21,6 @@ import torch
 import xxhash
 
 from rat_megatron.checkpoint import TRACKER_NAME
-from rat_megatron.checkpoint.host_copy import HostCopy
 from rat_megatron.errors import UserError, one_line
 from rat_megatron.files import write_json
 
@@ -48,18 +45,10 @@ def write_hashes(folder: Path) -> None:
     _gather(None)  # nobody goes on to move the tracker before the file is there
 
 
-def write_and_hash(write: Callable, folder: Path, rank: int, copy: HostCopy, results: Any) -> None:
-    """A rank's writing of its files, in the process of --async-save: hashed there too, so that training need not wait for it."""
-    _die_with_parent()
-    write(rank, copy.in_place(), results)
+def hash_own_files(folder: Path, rank: int) -> None:
+    """In the process that wrote the files of ``rank`` in the background: write_hashes() then finds their hashes."""
     with suppress(OSError):  # a full disk, which the writer has noted: training ends when it hears of it
         write_json(_of_rank(folder, rank), _facts_of([path for path in folder.glob("*.distcp") if _writer(path) == rank]))
-
-
-def _die_with_parent() -> None:
-    """Has Linux kill this process when the one that started it ends; a writer would outlive a killed run, with its memory."""
-    prctl, signal_on_parents_death = ctypes.CDLL(None).prctl, 1
-    prctl(signal_on_parents_death, signal.SIGKILL)
 
 
 def check_hashes(folder: Path) -> None:

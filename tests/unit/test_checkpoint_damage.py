@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -308,7 +309,9 @@ def test_kills_at_random_moments_of_saves_lose_nothing(tiny_data, tmp_path):
             while process.poll() is None and int(latest_iteration(killed) or 0) < latest + 2:
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 0.4))
+            started = psutil.Process(process.pid).children(recursive=True)
             process.kill()
+        assert len(started) > 1 and not psutil.wait_procs(started, timeout=60)[1]  # they would keep its host memory
         latest = int(latest_iteration(killed))
         check_hashes(killed / f"iter_{latest:07d}")
     pretrain(*words, "--save", killed, "--async-save")

@@ -79,8 +79,10 @@ def _tensors(model: list, optimizer: Any) -> Iterator[tuple[tuple, Tensor]]:
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers around one of torch's kind each; a rank may have no parameters for one."""
-    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not getattr(part, "is_stub_optimizer", False)]
+    """Megatron's optimizers around one of torch's kind each; a rank may have no parameters for one. Muon's chain is in a chain."""
+    if chained := getattr(optimizer, "chained_optimizers", None):
+        return [part for one in chained for part in _parts(one)]
+    return [] if getattr(optimizer, "is_stub_optimizer", False) else [optimizer]
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:

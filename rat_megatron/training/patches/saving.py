@@ -23,10 +23,11 @@ from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rat_megatron.checkpoint import TRACKER_NAME
-from rat_megatron.checkpoint.hashes import unfinished, write_and_hash, write_hashes
+from rat_megatron.checkpoint.hashes import unfinished, write_hashes
 from rat_megatron.checkpoint.host_copy import HostMemory, copy_to_host
 from rat_megatron.checkpoint.retention import remove_old
 from rat_megatron.checkpoint.torch_dist import latest_iteration
+from rat_megatron.checkpoint.writer import write_and_hash
 from rat_megatron.errors import RunFailed, one_line
 from rat_megatron.files import DISK_FULL, atomic_file
 from rat_megatron.training.monitoring.weights import all_finite

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from functools import partial
 
+import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 import megatron.core.dist_checkpointing.validation as validation
 import megatron.core.models.common.language_module.language_module as language_module
 import megatron.core.optimizer as megatron_optimizer
@@ -20,7 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
-from rat_megatron.checkpoint import optimizer_rows
+from rat_megatron.checkpoint import optimizer_rows, writer
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.arguments.batch_size import count_on
 from rat_megatron.training.loop.arl import arl_train_step, leave_out_step, names_of_values, step_loaded_first
@@ -185,6 +187,11 @@ def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
     if args.async_save:
         why = "Megatron would wait for ever for the process that writes, where that has been killed."
         rows += [Patch(PersistentAsyncCaller, "is_current_async_call_done", saving.of_a_living_writer, why)]
+        why = "The processes that write would outlive a run that is killed, with its host memory."
+        rows += [
+            Patch(PersistentAsyncCaller, "async_loop", lambda _: partial(writer.writing_loop, os.getpid()), why),
+            Patch(filesystem_async, "_results_queue", lambda _: writer.results_queue(), why),
+        ]
     if watchdog:
         rows += [Patch(training, "save_checkpoint_and_time", watchdog.beating, "Saving takes long without a microbatch.")]
     return rows
