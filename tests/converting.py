@@ -46,7 +46,7 @@ def megatron_args(**changes):
     return Namespace(**{**settings, **changes})
 
 
-def random_weights(untied=False, recurrence=True):
+def random_weights(untied=False, recurrence=True, swiglu=False):
     """Hugging Face weights by name; the embedding and output projection still have Megatron's padding rows."""
     torch.manual_seed(0)
     shapes = {"model.embed_tokens.weight": (PADDED, HIDDEN), "model.norm.weight": (HIDDEN,)}
@@ -59,6 +59,7 @@ def random_weights(untied=False, recurrence=True):
         shapes |= {f"{layer}self_attn.{p}_proj.weight": (widths[p], HIDDEN) for p in PROJECTIONS[: 4 + recurrence]}
         shapes |= {layer + "self_attn.o_proj.weight": (HIDDEN, HEADS * HN)}
         shapes |= {layer + "mlp.up_proj.weight": (FFN, HIDDEN), layer + "mlp.down_proj.weight": (HIDDEN, FFN)}
+        shapes |= {layer + "mlp.gate_proj.weight": (FFN, HIDDEN)} if swiglu else {}
     return {name: torch.randn(shape) * 0.2 + ("norm" in name) for name, shape in shapes.items()}
 
 
@@ -83,7 +84,7 @@ def megatron_tensors(weights, stacked=True, fused_norms=False):
             norms[1]: weights[f"model.layers.{i}.post_attention_layernorm.weight"],
             "self_attention.linear_qkv.weight": fused(i),
             "self_attention.linear_proj.weight": weights[f"model.layers.{i}.self_attn.o_proj.weight"],
-            "mlp.linear_fc1.weight": weights[f"model.layers.{i}.mlp.up_proj.weight"],
+            "mlp.linear_fc1.weight": torch.cat([weights[name] for name in _first_of_mlp(i) if name in weights]),
             "mlp.linear_fc2.weight": weights[f"model.layers.{i}.mlp.down_proj.weight"],
         }
         for i in range(LAYERS)
@@ -98,6 +99,10 @@ def megatron_tensors(weights, stacked=True, fused_norms=False):
     if stacked:
         return tensors | {f"decoder.layers.{name}": torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     return tensors | {f"decoder.layers.{i}.{name}": weight for i, layer in enumerate(layers) for name, weight in layer.items()}
+
+
+def _first_of_mlp(layer):
+    return [f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up")]
 
 
 class _StoreBytesAsTheyAre(DefaultSavePlanner):

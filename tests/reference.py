@@ -68,8 +68,14 @@ def model(weights: dict[str, torch.Tensor], tokens: torch.Tensor, num_heads: int
             k, v = recurrence(k, f), recurrence(v, f)
         a = attention(rotary(q), rotary(k), v, lambda head, t, j, layer=layer: visible(layer, head, t, j))
         x = x + (torch.sigmoid(o) * a).flatten(-2) @ w[prefix + "self_attn.o_proj.weight"].T
-        u = rms_norm(x, w[prefix + "post_attention_layernorm.weight"]) @ w[prefix + "mlp.up_proj.weight"].T
-        x = x + (0.5 * u * (1 + torch.erf(u / math.sqrt(2)))) @ w[prefix + "mlp.down_proj.weight"].T
+        h = rms_norm(x, w[prefix + "post_attention_layernorm.weight"])
+        u = h @ w[prefix + "mlp.up_proj.weight"].T
+        if prefix + "mlp.gate_proj.weight" in w:
+            g = h @ w[prefix + "mlp.gate_proj.weight"].T
+            u = u * g / (1 + torch.exp(-g))
+        else:
+            u = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
+        x = x + u @ w[prefix + "mlp.down_proj.weight"].T
         layer += 1
     x = rms_norm(x, w["model.norm.weight"])
     return x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T

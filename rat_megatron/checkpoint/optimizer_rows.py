@@ -9,6 +9,7 @@ rectangles of the same tensors under the same names. Source: megatron/core/optim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def sharded_rows(self: Any, model_sharded_state_dict: Any, is_loading: bool = Fa
 
     To save, of the rows that this rank owns; to load, of those that it updates any element of.
     """
-    sharded = _by_parameter(model_sharded_state_dict)
+    blocks = _blocks(model_sharded_state_dict)
     pieces = {} if is_loading else _exchange(self)
     found: dict[int, dict[str, Any]] = {}
     for index, (param, ranges) in enumerate(_ranges(self)):
@@ -67,10 +69,10 @@ def sharded_rows(self: Any, model_sharded_state_dict: Any, is_loading: bool = Fa
                 if whole < last:
                     others = pieces[param][name]
                     parts += [(whole, torch.cat([states[name][whole * width - start :].to(others.device), others]))]
-            for number, (row, values) in enumerate(parts):
-                if len(values):
-                    shard = _shard(sharded[param], f"optimizer.state.{name}", row, values, self.distributed_optimizer_instance_id)
-                    found.setdefault(index, {})[f"{name}.{number}"] = shard
+            cut = [piece for row, values in parts for piece in _by_block(blocks[param], row, values)]
+            for number, (block, row, values) in enumerate(cut):
+                shard = _shard(block, f"optimizer.state.{name}", row, values, self.distributed_optimizer_instance_id)
+                found.setdefault(index, {})[f"{name}.{number}"] = shard
     return found
 
 
@@ -83,7 +85,7 @@ def load_rows(self: Any, state_dict: dict[int, dict[str, Tensor]]) -> None:
             continue
         (start, end), width = mine, _width(param)
         skipped = start - touched_rows(start, end, width)[0] * width
-        states = {name: state_dict[index][f"{name}.0"].flatten()[skipped : skipped + end - start] for name in _names(self)}
+        states = {name: _joined(state_dict[index], name)[skipped : skipped + end - start] for name in _names(self)}
         self._set_main_param_and_optimizer_states(param, states)
 
 
@@ -168,9 +170,30 @@ def _width(param: Tensor) -> int:
     return param.numel() // param.shape[0]
 
 
-def _by_parameter(model_sharded_state_dict: Any) -> dict[Tensor, ShardedTensor]:
+def _joined(shards: dict[str, Tensor], name: str) -> Tensor:
+    """The rows of a state, flat, from the shards that they were loaded as."""
+    return torch.cat([shards[f"{name}.{number}"].flatten() for number in range(len(shards)) if f"{name}.{number}" in shards])
+
+
+def _blocks(model_sharded_state_dict: Any) -> dict[Tensor, list[ShardedTensor]]:
+    """The tensors in a checkpoint that each parameter's rows go to, in order: one, or two of SwiGLU's fused gate and up projections."""
     tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-    return {sharded.data: sharded for sharded in nested_values(tensors)}
+    return {
+        sharded.data: list(nested_values(sharded.build())) if isinstance(sharded, ShardedTensorFactory) else [sharded]
+        for sharded in nested_values(tensors)
+    }
+
+
+def _by_block(blocks: list[ShardedTensor], row: int, values: Tensor) -> Iterator[tuple[ShardedTensor, int, Tensor]]:
+    """Rows of a parameter from ``row`` on, flat, cut where its tensors in the checkpoint meet: with the tensor, and the row in it."""
+    width, begin = math.prod(blocks[0].local_shape[1:]), 0
+    rows = len(values) // width
+    for block in blocks:
+        end = begin + block.local_shape[0]
+        first, last = max(row, begin), min(row + rows, end)
+        if first < last:
+            yield block, first - begin, values[(first - row) * width : (last - row) * width]
+        begin = end
 
 
 def _shard(whole: ShardedTensor, prefix: str, row: int, values: Tensor, instance: int) -> ShardedTensor:

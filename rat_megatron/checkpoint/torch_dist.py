@@ -51,6 +51,7 @@ ARCHITECTURE = (
     "vocab_size",
     "rotary_base",
     "untie_embeddings_and_output_weights",
+    "swiglu",
     "rat_recurrence",
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,12 +29,12 @@ class MegatronWeights:
         self._places: dict[tuple[Row, int], tuple[str, int | None]] = {}
         for layer in range(config.num_hidden_layers):
             for row in TABLE:
-                first = row.hf[0].format(layer=layer)
-                if (layer > 0 and not row.per_layer) or first not in self.shapes:
+                names = _names(row, layer, self.shapes)
+                if (layer > 0 and not row.per_layer) or not names:
                     continue
                 place = row.find(keys, layer)
                 if place is None:
-                    raise UserError(f"{source.folder} has no tensor for {first}: looked for {' and '.join(row.megatron)}")
+                    raise UserError(f"{source.folder} has no tensor for {names[0]}: looked for {' and '.join(row.megatron)}")
                 key, index = place
                 stacked = source.tensors[key].size[0]
                 if index is not None and stacked != config.num_hidden_layers:
@@ -48,8 +48,8 @@ class MegatronWeights:
     def hf_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face weight by name, read as it is asked for; raises UserError when its shape is not the config's."""
         for (row, layer), place in self._places.items():
-            names = [name.format(layer=layer) for name in row.hf]
-            for name, weight in zip(names, self._parts(row, place), strict=False):
+            names = _names(row, layer, self.shapes)
+            for name, weight in zip(names, self._parts(row, place, len(names)), strict=True):
                 if name in (EMBEDDING, HEAD):
                     weight = weight[: self.config.vocab_size]  # Megatron pads the vocabulary
                 if weight.shape != self.shapes[name]:
@@ -57,10 +57,10 @@ class MegatronWeights:
                     raise UserError(f"{self._source.folder} has {shapes}")
                 yield name, weight.to(dtype or weight.dtype).contiguous()
 
-    def _parts(self, row: Row, place: tuple[str, int | None]) -> list[Tensor]:
+    def _parts(self, row: Row, place: tuple[str, int | None], count: int) -> list[Tensor]:
         weight, config = self._source.read(*place), self.config
         if row is not FUSED_QKV:
-            return [weight]
+            return list(weight.chunk(count))  # SwiGLU's gate and up projections lie one below the other
         sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         try:
             return split_fused_qkv(weight, *sizes, recurrence=config.use_recurrence)
@@ -71,14 +71,14 @@ class MegatronWeights:
 def write_megatron_weights(source: HfFolder, dtype: torch.dtype, args: Namespace, folder: Path) -> None:
     """Writes a Hugging Face folder's weights, all of ``dtype``, bit by bit, as one torch_dist checkpoint with these arguments."""
     config, layers = source.config, source.config.num_hidden_layers
-    rows = {row.megatron[-1]: row for row in TABLE if row.hf[0].format(layer=0) in source.shapes}
+    rows = {row.megatron[-1]: row for row in TABLE if _names(row, 0, source.shapes)}
 
     def read(key: str, layer: int) -> Tensor:
-        parts = [source.read(name) for name in _hf_names(rows[key], layer, source)]
-        return fuse_qkv(parts, config.num_key_value_heads) if rows[key] is FUSED_QKV else parts[0]
+        parts = [source.read(name) for name in _names(rows[key], layer, source.shapes)]
+        return fuse_qkv(parts, config.num_key_value_heads) if rows[key] is FUSED_QKV else torch.cat(parts)
 
     def stored(row: Row) -> StoredTensor:
-        shapes = [source.shapes[name] for name in _hf_names(row, 0, source)]
+        shapes = [source.shapes[name] for name in _names(row, 0, source.shapes)]
         shape = torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
         return StoredTensor(shape, dtype, layers if row.per_layer else None)
 
@@ -94,5 +94,6 @@ def write_megatron_weights(source: HfFolder, dtype: torch.dtype, args: Namespace
     write_torch_dist(folder, {key: stored(row) for key, row in rows.items()}, read, common, nothing)
 
 
-def _hf_names(row: Row, layer: int, source: HfFolder) -> list[str]:
-    return [name for name in (name.format(layer=layer) for name in row.hf) if name in source.shapes]  # a baseline has no forget gate
+def _names(row: Row, layer: int, shapes: Mapping[str, torch.Size]) -> list[str]:
+    """The weights of a row that the model has: a baseline has no forget gate, and a GELU's MLP no gate projection."""
+    return [name for name in (name.format(layer=layer) for name in row.hf) if name in shapes]

@@ -42,6 +42,9 @@ FUSED_QKV = Row(
     ("decoder.layers.self_attention.linear_qkv.weight",),
 )
 
+# Without SwiGLU there is no gate projection.
+FUSED_MLP = Row((_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"), ("decoder.layers.mlp.linear_fc1.weight",))
+
 TABLE = (
     Row(("model.embed_tokens.weight",), ("embedding.word_embeddings.weight",)),
     Row(
@@ -54,7 +57,7 @@ TABLE = (
         (_LAYER + "post_attention_layernorm.weight",),
         ("decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
     ),
-    Row((_LAYER + "mlp.up_proj.weight",), ("decoder.layers.mlp.linear_fc1.weight",)),
+    FUSED_MLP,
     Row((_LAYER + "mlp.down_proj.weight",), ("decoder.layers.mlp.linear_fc2.weight",)),
     Row(("model.norm.weight",), ("decoder.final_layernorm.weight",)),
     Row(("lm_head.weight",), ("output_layer.weight",)),

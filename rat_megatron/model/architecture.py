@@ -26,6 +26,7 @@ EXPORTED = {
     "seq_length": "max_position_embeddings",
     "max_position_embeddings": "max_position_embeddings",
     "untie_embeddings_and_output_weights": "tie_word_embeddings",
+    "swiglu": "hidden_act",
 }
 """Arguments with any value, and the key of the Hugging Face config that they become (rat_megatron.convert.megatron_args)."""
 
@@ -55,7 +56,6 @@ FIXED: dict[str, Any] = {
     "use_kitchen_attention": False,
     "multi_latent_attention": False,
     "experimental_attention_variant": None,
-    "swiglu": False,
     "squared_relu": False,
     "openai_gelu": False,
     "quick_geglu": False,

@@ -14,8 +14,9 @@ class RatPlusConfig(PretrainedConfig):
 
     ``use_recurrence`` False is the plain-attention baseline, which has no forget gate. ``attention_pattern`` is one word, such as
     ``dense``, ``d16w256s4`` or ``[dense,d64]*12``; it is kept in its shortest form. ``block_scores`` says what top-k patterns
-    choose blocks by: "bounds" of their keys, as Quest does and as they are trained here, or their "means", as MoBA does. Raises ValueError
-    for sizes that do not fit together and for a pattern that does not parse or does not fit the layers and heads.
+    choose blocks by: "bounds" of their keys, as Quest does and as they are trained here, or their "means", as MoBA does.
+    ``hidden_act`` is "gelu", as in the paper, or "silu": SwiGLU, with a gate projection (arXiv 2002.05202). Raises ValueError for
+    sizes that do not fit together and for a pattern that does not parse or does not fit the layers and heads.
     """
 
     model_type = "ratplus"
@@ -66,6 +67,8 @@ class RatPlusConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns channels in pairs")
+        if hidden_act not in ("gelu", "silu"):
+            raise ValueError(f"hidden_act is 'gelu' or 'silu', not {hidden_act!r}")
         if block_scores not in ("bounds", "means"):
             raise ValueError(f"block_scores is 'bounds' or 'means', not {block_scores!r}")
         self.attention_pattern = attention_pattern

@@ -82,16 +82,20 @@ def _join_heads(sets: list[HeadSet], parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 class RatPlusMLP(nn.Module):
-    """Up-projection, exact GELU, down-projection; not gated."""
+    """Up-projection, exact GELU, down-projection; or SwiGLU, where SiLU of a gate projection scales the up-projection."""
 
     def __init__(self, config: RatPlusConfig):
         super().__init__()
+        gated = config.hidden_act == "silu"
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class RatPlusDecoderLayer(GradientCheckpointingLayer):

@@ -7,10 +7,10 @@ import torch
 
 from tests.distributed.layouts import Run, tensors, train
 
-# What is trained: the dense model with active recurrence learning, sparse patterns, layers of different patterns, grouped queries.
+# What is trained: the dense model with active recurrence learning, sparse patterns, layers of different patterns, grouped queries, SwiGLU.
 VARIANTS = {
     "dense": ["--rat-arl-pattern", "d64"],
-    "d16": ["--rat-pattern", "d16", "--rat-arl-pattern", "none"],
+    "d16": ["--rat-pattern", "d16", "--rat-arl-pattern", "none", "--swiglu"],
     "d64w16s4": ["--rat-pattern", "d64w16s4", "--rat-arl-pattern", "none", "--untie-embeddings-and-output-weights"],
     "hybrid": "--rat-pattern [dense,d64,d16w16s4,{dense,d64*3}] --rat-arl-pattern d8 --group-query-attention --num-query-groups 2".split(),
 }

@@ -58,7 +58,7 @@ def _optimizer_elements(checkpoint: Path) -> Counter[str]:
 def test_checkpoints_move_between_layouts(ranks, data):
     folder = ranks / "resharding"  # test_layouts.py has folders of the same names
     run = ["--data-path", data, "--rat-arl-pattern", "d8", "--lr-decay-iters", 8, "--group-query-attention", "--num-query-groups", 2]
-    run += ["--use-distributed-optimizer"]
+    run += ["--use-distributed-optimizer", "--swiglu"]  # whose fused projection is two tensors to a checkpoint
     start = ["--pretrained-checkpoint", train(folder / "start", *run, "--train-iters", 1, alone=True).checkpoint]
     uninterrupted = train(folder / "uninterrupted", *run, *start, "--train-iters", 8, alone=True)
     last = train(folder / "tp2+pp2", *run, *start, *TP2, *PP2, "--train-iters", 4)

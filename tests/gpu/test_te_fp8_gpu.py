@@ -85,7 +85,7 @@ def expected(megatron_process, tokens):
             if found := row.find(named, layer):
                 tensor = named[found[0]].detach().cpu()
                 parts = split_fused_qkv(tensor, HEADS, GROUPS, DIM, recurrence=True) if row is FUSED_QKV else [tensor]
-                weights |= {name.format(layer=layer): part for name, part in zip(row.hf, parts, strict=True)}
+                weights |= {name.format(layer=layer): part for name, part in zip(row.hf[-len(parts) :], parts, strict=True)}
     return reference_model(weights, tokens.cpu(), HEADS, GROUPS, lambda layer, head, t, j: j <= t)
 
 

@@ -32,7 +32,6 @@ OTHERS = {
     "normalization": "LayerNorm",
     "layernorm_zero_centered_gamma": True,
     "squared_relu": True,
-    "swiglu": True,
     "add_bias_linear": True,
     "add_qkv_bias": True,
     "attention_output_gate": False,

@@ -75,11 +75,11 @@ def test_there_and_back_is_the_same_folder(tmp_path, settings):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "run"]
 
 
-@pytest.mark.parametrize("recurrence", [True, False])
-def test_checkpoint_is_the_one_that_was_exported(tmp_path, recurrence):
+@pytest.mark.parametrize(("recurrence", "swiglu"), [(True, False), (False, False), (True, True)])
+def test_checkpoint_is_the_one_that_was_exported(tmp_path, recurrence, swiglu):
     """Tensors of a checkpoint, out and in again; the padding of the vocabulary does not go along."""
-    tensors = megatron_tensors(random_weights(untied=True, recurrence=recurrence), fused_norms=True)
-    args = megatron_args(untie_embeddings_and_output_weights=True, rat_recurrence=recurrence)
+    tensors = megatron_tensors(random_weights(untied=True, recurrence=recurrence, swiglu=swiglu), fused_norms=True)
+    args = megatron_args(untie_embeddings_and_output_weights=True, rat_recurrence=recurrence, swiglu=swiglu)
     convert_to_hf(write_checkpoint(tmp_path / "run", tensors, args), tmp_path / "hf")
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     again = TorchDistCheckpoint(find_iteration(tmp_path / "again"))
@@ -142,7 +142,8 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
         (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),
         (lambda f: change_config(f, model_type="llama"), "model_type 'llama' in config.json: only 'ratplus' is a RAT\\+ model"),
         (lambda f: change_config(f, attention_pattern="d4x"), "unknown attention pattern 'd4x'"),
-        (lambda f: change_config(f, hidden_act="silu"), "hidden_act 'silu'"),
+        (lambda f: change_config(f, hidden_act="relu"), "hidden_act is 'gelu' or 'silu', not 'relu'"),
+        (lambda f: change_config(f, hidden_act="silu"), "has no model.layers.0.mlp.gate_proj.weight"),
         (lambda f: change_config(f, num_hidden_layers=3), r"has no model.layers.2.\S+, which its config.json asks for \(10 missing\)"),
         (lambda f: change_config(f, num_hidden_layers=1), "holds model.layers.1.*, which the model of its config.json does not have"),
         (lambda f: change_config(f, use_recurrence=False), "holds model.layers.0.self_attn.forget_gate_proj.weight"),

@@ -47,10 +47,14 @@ def checkpoint(tmp_path):
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "by-layer"])
 @pytest.mark.parametrize("fused_norms", [True, False], ids=["te-norms", "local-norms"])
-@pytest.mark.parametrize(("untied", "recurrence"), [(False, True), (True, True), (False, False)], ids=["tied", "untied", "baseline"])
-def test_converted_model_is_the_trained_one(tmp_path, stacked, fused_norms, untied, recurrence):
-    weights = random_weights(untied, recurrence)
-    args = megatron_args(untie_embeddings_and_output_weights=untied, rat_recurrence=recurrence)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"untie_embeddings_and_output_weights": True}, {"rat_recurrence": False}, {"swiglu": True}],
+    ids=["tied", "untied", "baseline", "swiglu"],
+)
+def test_converted_model_is_the_trained_one(tmp_path, stacked, fused_norms, changes):
+    args = megatron_args(**changes)
+    weights = random_weights(args.untie_embeddings_and_output_weights, args.rat_recurrence, args.swiglu)
     write_checkpoint(tmp_path / "run", megatron_tensors(weights, stacked, fused_norms), args)
     converted = convert_to_hf(tmp_path / "run", tmp_path / "hf")
     model = RatPlusForCausalLM.from_pretrained(tmp_path / "hf")
@@ -260,7 +264,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path, checkpoint, place):
     [
         (lambda args, tensors: delattr(args, "rat_recurrence"), "is not a RAT\\+ checkpoint"),
         (lambda args, tensors: delattr(args, "kv_channels"), "does not say its kv_channels"),
-        (lambda args, tensors: setattr(args, "swiglu", True), "swiglu=True: a RAT\\+ model has swiglu=False"),
+        (lambda args, tensors: setattr(args, "quick_geglu", True), "quick_geglu=True: a RAT\\+ model has quick_geglu=False"),
         (lambda args, tensors: setattr(args, "rat_pattern", "d4x"), "unknown attention pattern 'd4x'"),
         (lambda args, tensors: setattr(args, "hidden_size", 32), "has \\(50, 24\\) for model.embed_tokens.weight"),
         (lambda args, tensors: setattr(args, "rat_recurrence", False), "linear_qkv.weight does not fit"),

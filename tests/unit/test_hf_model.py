@@ -22,6 +22,7 @@ VARIANTS = [
     pytest.param({"num_key_value_heads": 2, "tie_word_embeddings": False}, id="gqa-untied"),
     pytest.param({"num_key_value_heads": 1, "head_dim": 6}, id="one-key-head"),
     pytest.param({"use_recurrence": False}, id="baseline"),
+    pytest.param({"hidden_act": "silu", "intermediate_size": 40}, id="swiglu"),
 ]
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from rat_megatron.convert.names import FUSED_QKV, TABLE, split_fused_qkv
+from rat_megatron.convert.names import FUSED_MLP, FUSED_QKV, TABLE, split_fused_qkv
 from rat_megatron.ratplus.pattern import AttentionPattern, PatternError
 from tests.reference import model as reference_model
 from tests.reference import sees
@@ -46,8 +46,10 @@ def by_hf_name(model, groups=HEADS, recurrence=True, of=lambda parameter: parame
         for layer in range(LAYERS if row.per_layer else 1):
             if found := row.find(named, layer):
                 tensor = of(named.pop(found[0]))
-                parts = split_fused_qkv(tensor, HEADS, groups, 8, recurrence) if row is FUSED_QKV else [tensor]
-                tensors |= {name.format(layer=layer): part for name, part in zip(row.hf, parts, strict=False)}
+                gated = row is FUSED_MLP and model.config.gated_linear_unit
+                parts = split_fused_qkv(tensor, HEADS, groups, 8, recurrence) if row is FUSED_QKV else tensor.chunk(1 + gated)
+                names = row.hf[: len(parts)] if row is FUSED_QKV else row.hf[-len(parts) :]
+                tensors |= {name.format(layer=layer): part for name, part in zip(names, parts, strict=True)}
     assert not named, f"parameters without a name in the table: {list(named)}"
     return tensors
 
@@ -82,10 +84,13 @@ def relative(actual, expected) -> float:
 PATTERNS = ["dense", "d4", "d8w5s2", "w6s3", "[dense,d16,d4w4]", "{dense*2,d8,d4w2s1}"]
 
 
+SWIGLU = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+
+
 @pytest.mark.parametrize("word", PATTERNS)
-@pytest.mark.parametrize("groups, tied", [(HEADS, True), (2, False)])
-def test_logits_and_gradients_equal_the_definition(word, groups, tied):
-    model = build(groups=groups, tied=tied)
+@pytest.mark.parametrize("groups, tied, mlp", [(HEADS, True, {}), (2, False, SWIGLU)], ids=["gelu", "gqa-untied-swiglu"])
+def test_logits_and_gradients_equal_the_definition(word, groups, tied, mlp):
+    model = build(groups=groups, tied=tied, **mlp)
     set_attention_pattern([model], AttentionPattern.parse(word))
     tokens = torch.randint(0, VOCAB, (2, LENGTH))
     weights = {name: tensor.double().requires_grad_() for name, tensor in by_hf_name(model, groups).items()}

@@ -56,6 +56,7 @@ def _check_muon(args: Namespace) -> None:
     if args.use_distributed_optimizer and not args.bf16:
         raise UserError("--optimizer muon with --use-distributed-optimizer needs --bf16: give it, or leave out --use-distributed-optimizer")
     unfit = {
+        "--swiglu": args.swiglu,  # it would orthogonalize the gate and the up projection as one matrix
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         "--optimizer-cuda-graph": args.optimizer_cuda_graph,  # the learning rate would stay that of the capture

@@ -138,7 +138,7 @@ def _architecture(args: Namespace) -> dict[str, Any]:
     """What must be the same for a checkpoint's weights to fit; widths that were not given are those that Megatron will fill in."""
     return {name: getattr(args, name, None) for name in ARCHITECTURE} | {
         "kv_channels": args.kv_channels or args.hidden_size // args.num_attention_heads,
-        "ffn_hidden_size": args.ffn_hidden_size or 4 * args.hidden_size,
+        "ffn_hidden_size": args.ffn_hidden_size or (int(8 * args.hidden_size / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size),
         "num_query_groups": query_groups(args),
     }
 

@@ -20,7 +20,8 @@ def step_flops(args: Namespace, num_samples: int, pattern: str) -> int:
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     kv_width = args.kv_channels * groups
     projections = 3 * query_width + (3 if args.rat_recurrence else 2) * kv_width  # q, output gate, out; k, v, forget gate
-    per_token = args.num_layers * args.hidden_size * (projections + 2 * args.ffn_hidden_size) + args.hidden_size * args.padded_vocab_size
+    mlp = (3 if args.swiglu else 2) * args.ffn_hidden_size
+    per_token = args.num_layers * args.hidden_size * (projections + mlp) + args.hidden_size * args.padded_vocab_size
     attention = _attention_flops(pattern, args.seq_length, args.kv_channels, args.num_layers, args.num_attention_heads)
     return _FORWARD_AND_BACKWARD * num_samples * (_MULTIPLY_ADD * args.seq_length * per_token + attention)
 
