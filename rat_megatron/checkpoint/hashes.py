@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import xxhash
 
-from rat_megatron.checkpoint import TRACKER_NAME
+from rat_megatron.checkpoint import ADAPTED_NAME, TRACKER_NAME
 from rat_megatron.errors import UserError, one_line
 from rat_megatron.files import write_json
 
 HASHES_NAME = "hashes.json"
-_OWN_NAME = re.compile(r"hashes(_\d+)?\.json")
+_OWN_NAME = re.compile(rf"hashes(_\d+)?\.json|{ADAPTED_NAME}")  # what is written, or goes on being written, afterwards
 _ALGORITHM = "xxh64"
 
 
@@ -105,7 +105,11 @@ def has_hashes(folder: Path) -> bool:
 
 def iterations(checkpoint: Path) -> list[Path]:
     """The folders ``iter_*`` that were written to their end, oldest first."""
-    return sorted(path for path in checkpoint.glob("iter_*") if (path / "metadata.json").is_file() and not unfinished(path).exists())
+    return sorted(
+        path
+        for path in checkpoint.glob("iter_*")
+        if re.fullmatch(r"iter_\d+", path.name) and (path / "metadata.json").is_file() and not unfinished(path).exists()
+    )
 
 
 def unfinished(folder: Path) -> Path:

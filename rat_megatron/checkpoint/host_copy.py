@@ -14,10 +14,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+_CGROUPS = Path("/sys/fs/cgroup")
 _ALIGNMENT = 256  # bytes
 _THREADS = 8
 _PIECE = 256 << 20  # bytes that a thread touches at a time
@@ -96,6 +99,25 @@ def copy_to_host(buckets: WriteBuckets, memory: HostMemory | None) -> HostCopy:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return HostCopy(memory, copied)
+
+
+def available_memory() -> int:
+    """Bytes of host memory to be had, within the limits of this process's control groups, such as a Slurm job's or a container's."""
+    found = psutil.virtual_memory().available
+    path = next((line[3:].strip() for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), None)  # version 2
+    for group in () if path is None else (_CGROUPS / path.strip("/"), *(_CGROUPS / path.strip("/")).parents):
+        limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
+        if limit and used and limit[0].isdecimal():
+            cache = next((int(line.split()[1]) for line in _lines(group / "memory.stat") if line.startswith("inactive_file ")), 0)
+            found = min(found, int(limit[0]) - int(used[0]) + cache)
+    return found
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _with_tensors(buckets: WriteBuckets, change: Callable[[Any], Any]) -> WriteBuckets:

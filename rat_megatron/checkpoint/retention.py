@@ -7,11 +7,9 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from rat_megatron.checkpoint import ADAPTED_NAME
 from rat_megatron.checkpoint.hashes import iterations
 from rat_megatron.checkpoint.torch_dist import find_iteration, latest_iteration
-
-ADAPTED_NAME = "adapted_by"
-"""A file in an iteration's folder, with a line for every run that started from it. While it is there, the iteration stays."""
 
 _REMOVED = ".removed"
 
@@ -19,9 +17,15 @@ _REMOVED = ".removed"
 def remove_old(checkpoint: Path, keep: int, every: int | None) -> None:
     """Removes iterations up to the latest one, but the last ``keep``, every multiple of ``every``, and those that other runs adapt.
 
-    A folder first loses its name, so that there is never half of an iteration; what an earlier removal was cut off at goes too.
+    A folder first loses its name, so that there is never half of an iteration; what an earlier removal was cut off at goes too, and what
+    a save before the latest one was.
     """
     latest = int(latest_iteration(checkpoint) or 0)
+    for marker in checkpoint.glob(".iter_*.unfinished"):
+        half = checkpoint / marker.name.removeprefix(".").removesuffix(".unfinished")
+        if _number(half) < latest:
+            shutil.rmtree(half, ignore_errors=True)
+            marker.unlink()
     for folder in [folder for folder in iterations(checkpoint) if _number(folder) <= latest][:-keep]:
         if not (every and _number(folder) % every == 0) and not folder.is_symlink() and not (folder / ADAPTED_NAME).exists():
             folder.rename(folder.with_name(f".{folder.name}{_REMOVED}"))

@@ -95,6 +95,8 @@ def find_iteration(checkpoint: Path, step: int | None = None) -> Path:
     """The folder ``iter_0000020`` of one step of a checkpoint (default: the latest), or the given folder if it is one already."""
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is not a folder: give the folder that Megatron's --save wrote")
+    if step is not None and step < 0:
+        raise UserError(f"iteration {step} cannot be: give the number of one of the folders iter_* in {checkpoint}")
     tracker = checkpoint / TRACKER_NAME
     if step is None and (checkpoint / ".metadata").exists():
         return checkpoint

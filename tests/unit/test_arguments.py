@@ -46,6 +46,22 @@ def test_a_number_of_checkpoints_is_one_or_more(check, number):
         check("--rat-preset", "tiny", "--rat-keep-checkpoints", number)
 
 
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--micro-batch-size", "0"], "--micro-batch-size 0 must be above 0"),
+        (["--global-batch-size", "-4"], "--global-batch-size -4 must be above 0"),
+        (["--save-retain-interval", "0"], "--save-retain-interval 0 must be above 0"),
+        (["--save-interval", "2", "--save-retain-interval", "3"], "--save-retain-interval 3 is not a multiple of --save-interval 2"),
+        (["--lr", "nan"], "--lr nan is no learning rate"),
+        (["--ckpt-step", "5"], "--ckpt-step 5 names an iteration, but there is no checkpoint"),
+    ],
+)
+def test_numbers_that_cannot_be_end_in_a_sentence(check, tiny_data, tmp_path, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check("--rat-preset", "tiny", "--seq-length", 64, "--data-path", tiny_data, "--save", tmp_path, *flags)
+
+
 def test_saves_in_the_background_are_megatrons_own(check, tiny_data, tmp_path):
     flags = ["--rat-preset", "tiny", "--seq-length", 64, "--data-path", tiny_data]
     saving = check(*flags, "--save", tmp_path, "--async-save")[1]

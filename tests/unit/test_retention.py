@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rat_megatron.checkpoint import TRACKER_NAME
-from rat_megatron.checkpoint.hashes import unfinished
-from rat_megatron.checkpoint.retention import ADAPTED_NAME, remove_old
+from rat_megatron.checkpoint import ADAPTED_NAME, TRACKER_NAME
+from rat_megatron.checkpoint.hashes import check_hashes, unfinished
+from rat_megatron.checkpoint.retention import remove_old
 from rat_megatron.training.patches.saving import SECONDS_NAME
 from tests.helpers import MODEL_FLAGS, TRAIN_FLAGS, pretrain, pretrain_here
 
@@ -18,10 +18,11 @@ FLAGS = [*MODEL_FLAGS, *TRAIN_FLAGS, "--rat-arl-pattern", "none", "--eval-iters"
 
 
 def names(checkpoint: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in checkpoint.glob("iter_*"))
+    return sorted(int(path.name[5:]) for path in checkpoint.glob("iter_*") if path.name[5:].isdigit())
 
 
 def write(checkpoint: Path, *numbers: int, latest: int) -> None:
+    checkpoint.mkdir(exist_ok=True)
     for number in numbers:
         folder = checkpoint / f"iter_{number:07d}"
         folder.mkdir()
@@ -44,11 +45,21 @@ def test_what_is_not_this_runs_past_stays(tmp_path):
     write(tmp_path, 10, 20, 30, 40, 50, latest=30)  # 40 and 50: of before it went back to 30
     (tmp_path / "iter_0000010" / ADAPTED_NAME).write_text("/runs/adapted\n")
     unfinished(tmp_path / "iter_0000040").touch()
+    write(tmp_path / "iter_0000020.bak", latest=30)
     (tmp_path / "release").mkdir()
     linked = tmp_path / "iter_0000015"
     linked.symlink_to(tmp_path / "iter_0000010")
     remove_old(tmp_path, 1, None)
     assert names(tmp_path) == [10, 15, 30, 40, 50] and (tmp_path / "release").is_dir()
+
+
+def test_half_of_an_iteration_before_the_latest_goes(tmp_path):
+    write(tmp_path, 10, 20, 30, 40, latest=30)
+    for number in (20, 40):
+        unfinished(tmp_path / f"iter_{number:07d}").touch()
+    remove_old(tmp_path, 5, None)
+    assert names(tmp_path) == [10, 30, 40] and unfinished(tmp_path / "iter_0000040").exists()
+    assert not unfinished(tmp_path / "iter_0000020").exists()
 
 
 def test_a_removal_that_was_cut_off_is_finished(tmp_path):
@@ -79,7 +90,12 @@ def test_a_run_keeps_few_and_those_that_others_adapt(tiny_data, tmp_path):
     pretrain(*words, *resume, "--async-save")
     assert names(run) == [4, 8, 12, 14]
     assert not list(run.glob(".iter*"))
-    shutil.rmtree(run / "iter_0000008")  # nothing that the tracker names, so the next run goes on
-    pretrain_here(*words, *resume[:1], "--train-iters", 16, "--save-retain-interval", 12)
+    # Back to an iteration before: what was saved after it is written anew, and stays the one that the other run adapts.
+    (run / TRACKER_NAME).write_text("4")
+    shutil.copytree(run / "iter_0000004", run / "iter_0000002")
+    (run / "iter_0000002" / ADAPTED_NAME).unlink()
+    (run / TRACKER_NAME).write_text("2")
+    pretrain_here(*words, *resume[:1], "--train-iters", 10, "--save-retain-interval", 12)
     threads_are_done()
-    assert names(run) == [4, 12, 16]
+    assert names(run) == [4, 10, 12, 14] and (run / "iter_0000004" / ADAPTED_NAME).exists()
+    check_hashes(run / "iter_0000004")

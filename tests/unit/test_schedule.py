@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rat_megatron.checkpoint.retention import ADAPTED_NAME
+from rat_megatron.checkpoint import ADAPTED_NAME
 from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment, pretrain_here, tensorboard_scalars
 

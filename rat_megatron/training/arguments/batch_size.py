@@ -40,6 +40,11 @@ def derive_batch_sizes(args: Namespace) -> dict[str, Any]:
             raise UserError(
                 f"{flag} goes from a batch of {before} samples to one of {after}: let every batch be larger than the one before"
             )
+    if steps[-1][0] >= args.train_samples:
+        raise UserError(
+            f"{flag} comes to its batch of {steps[-1][1]} after {steps[-1][0]} samples, which --train-samples {args.train_samples} never "
+            "reaches: let the run be longer, or the batch grow sooner"
+        )
     return {
         "step_batch_size_schedule": args.step_batch_size_schedule or " ".join(f"{at * args.seq_length}:{batch}" for at, batch in steps),
         "global_batch_size": steps[-1][1],  # for what is not told the current one: Megatron's validation, among others
@@ -76,6 +81,10 @@ def check_batches(args: Namespace, consumed: int) -> None:
     """Raises UserError unless every global batch that is still to come, after ``consumed`` samples, is whole microbatches for each rank."""
     replicas, pp = _replicas(args), args.pipeline_model_parallel_size
     smallest = args.micro_batch_size * replicas
+    if args.train_samples and args.train_samples < batch_steps(args)[0][1]:
+        raise UserError(
+            f"--train-samples {args.train_samples} is less than one batch of {batch_steps(args)[0][1]}: give more, or a smaller one"
+        )
     interleaved = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
     steps = batch_steps(args)
     if args.rampup_batch_size:
@@ -130,7 +139,13 @@ def _parsed(args: Namespace) -> Steps:
     except (ValueError, OverflowError):
         raise UserError(f"--step-batch-size-schedule '{words}': write TOKENS:BATCH TOKENS:BATCH ..., such as '0:256 10B:512'") from None
     starts = [at for at, _ in steps]
-    if not steps or starts[0] != 0 or any(after <= before for before, after in pairwise(starts)) or min(batch for _, batch in steps) <= 0:
+    if (
+        not steps
+        or words.split(":")[0].strip() != "0"
+        or starts[0] != 0
+        or any(after <= before for before, after in pairwise(starts))
+        or min(batch for _, batch in steps) <= 0
+    ):
         raise UserError(
             f"--step-batch-size-schedule '{words}': the first batch is one of 0 tokens, every later one begins at least a sample of "
             f"{args.seq_length} tokens after the one before, and all are above 0"

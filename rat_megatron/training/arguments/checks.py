@@ -57,10 +57,26 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     return derived
 
 
+_COUNTS = (
+    *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "global_batch_size"),
+    *("train_iters", "train_samples", "save_interval", "save_retain_interval"),
+)
+
+
 def _check_complete(args: Namespace) -> None:
     for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"):
         if getattr(args, flag) is None and not (flag == "train_iters" and args.train_samples):
             raise UserError(f"--{flag.replace('_', '-')} is missing: give it, or a --rat-preset ({', '.join(presets.PRETRAIN)})")
+    for flag in _COUNTS:
+        if (value := getattr(args, flag)) is not None and value <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0")
+    if not math.isfinite(args.lr):
+        raise UserError(f"--lr {args.lr} is no learning rate")
+    if args.save_retain_interval and args.save_retain_interval % args.save_interval:
+        raise UserError(
+            f"--save-retain-interval {args.save_retain_interval} is not a multiple of --save-interval {args.save_interval}, so that few of "
+            "its iterations are saved: choose a multiple"
+        )
     check_complete_schedule(args)
 
 

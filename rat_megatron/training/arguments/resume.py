@@ -31,6 +31,8 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
     resumed = derived["load"] if derived["load"] and _has_checkpoint(derived["load"]) else None
     source = resumed or args.pretrained_checkpoint
     if source is None:
+        if args.ckpt_step is not None:
+            raise UserError(f"--ckpt-step {args.ckpt_step} names an iteration, but there is no checkpoint to start from: leave it out")
         return
     if resumed and args.pretrained_checkpoint and args.ckpt_step:
         derived["ckpt_step"] = None  # it names an iteration of the pretrained checkpoint, which this run has left behind

@@ -47,7 +47,7 @@ def check_complete_schedule(args: Namespace) -> None:
         raise UserError(f"--lr-warmup-{unit} {warmup} must be below the {length} {what} of the decay")
     if args.lr_decay_style == "WSD":
         warmup = warmup if args.lr_warmup_fraction is None else args.lr_warmup_fraction * length
-        if not wsd:
+        if not wsd or wsd < 0:
             raise UserError(f"--lr-decay-style WSD decays over the last part of the run: give --lr-wsd-decay-{unit}, or a --rat-preset")
         if wsd + warmup > length:
             raise UserError(

@@ -10,21 +10,20 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from megatron.core import mpu
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rat_megatron.checkpoint import TRACKER_NAME
+from rat_megatron.checkpoint import ADAPTED_NAME, TRACKER_NAME
 from rat_megatron.checkpoint.hashes import unfinished, write_hashes
-from rat_megatron.checkpoint.host_copy import HostMemory, copy_to_host
+from rat_megatron.checkpoint.host_copy import HostMemory, available_memory, copy_to_host
 from rat_megatron.checkpoint.retention import remove_old
 from rat_megatron.checkpoint.torch_dist import latest_iteration
 from rat_megatron.checkpoint.writer import write_and_hash
@@ -45,6 +44,7 @@ class Saves:
     def __init__(self, args: Namespace):
         self._args, self._begun = args, 0.0
         self._memory: HostMemory | None = None
+        self._removal: threading.Thread | None = None
 
     def one_at_a_time(self, save_checkpoint: Callable) -> Callable:
         """Wraps Megatron's ``save_checkpoint``."""
@@ -72,7 +72,7 @@ class Saves:
             folder = Path(checkpoint_dir)
             if torch.distributed.get_rank() == 0:  # what was there before, of this iteration or of half of it
                 unfinished(folder).touch()
-                for path in folder.iterdir():
+                for path in (path for path in folder.iterdir() if path.name != ADAPTED_NAME):
                     path.unlink() if path.is_file() else shutil.rmtree(path)
             torch.distributed.barrier()
             with _whole_or_gone(folder):
@@ -106,7 +106,10 @@ class Saves:
         # --save-retain-interval alone: Megatron's word for the last one and every N-th.
         keep, every = self._args.rat_keep_checkpoints, self._args.save_retain_interval
         if keep or every:
-            threading.Thread(target=_remove, args=(folder, keep or 1, every), name="removing checkpoints").start()
+            if self._removal is not None:  # of the save before
+                self._removal.join()
+            self._removal = threading.Thread(target=_remove, args=(folder, keep or 1, every), name="removing checkpoints")
+            self._removal.start()
 
     def _has_room(self, model: list) -> bool:
         """Whether the host of every rank has memory for the copies of its ranks."""
@@ -115,7 +118,7 @@ class Saves:
         parameters = [parameter for chunk in model for parameter in chunk.parameters()]
         of_model = sum(parameter.numel() * (parameter.element_size() + _BYTES_OF_STATE) for parameter in parameters)
         wanted = of_model / mpu.get_data_parallel_world_size(with_context_parallel=True) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        available = psutil.virtual_memory().available
+        available = available_memory()
         every: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(every, (available < wanted, wanted, available))
         lacks, wanted, available = max(every)
@@ -191,7 +194,8 @@ def _whole_or_gone(folder: Path) -> Iterator[None]:
             torch.distributed.broadcast_object_list(reason, src=0)
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            unfinished(folder).unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be written, it cannot be removed either
+                unfinished(folder).unlink(missing_ok=True)
         raise RunFailed(f"{folder} could not be written, and what there was of it is removed: {reason[0]}; {_kept(get_args())}") from error
 
 
