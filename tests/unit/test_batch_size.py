@@ -155,7 +155,7 @@ def test_a_schedule_becomes_megatrons_and_only_what_is_to_come_must_fit(check):
     assert derived["global_batch_size"] == 8
     sizes = {"world_size": 4, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1}
     stages = {"num_virtual_stages_per_pipeline_rank": None, "num_layers_per_virtual_pipeline_stage": None}
-    args = Namespace(**derived, **sizes, **stages, micro_batch_size=2, seq_length=SEQ_LENGTH, rampup_batch_size=None)
+    args = Namespace(**derived, **sizes, **stages, micro_batch_size=2, seq_length=SEQ_LENGTH, rampup_batch_size=None, train_samples=480)
     check_batches(args, 100)
     with pytest.raises(UserError, match="batches of 6 samples, which is not a multiple of --micro-batch-size 2 times the 4 data-parallel"):
         check_batches(args, 99)
