@@ -46,17 +46,17 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02) for every matrix, with no scaling by depth; norms 1."""
+        """N(0, 0.02) for every matrix, with no scaling by depth; norms 1, the bias of a head for tokens 0."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
 
     def set_attention_pattern(self, word: str) -> None:
         """Switches to another attention pattern, such as ``d16w256s4``, for all calls from now on, and notes it in the config.
-
-        Raises PatternError (a ValueError) when the word does not parse or does not fit the model's layers and heads.
-        """
+        Raises PatternError (a ValueError) when the word does not parse or does not fit the model's layers and heads."""
         self.config.attention_pattern = word
 
 

@@ -65,7 +65,11 @@ class Cluster:
         self._start("slurmctld", "-D", "-f", folder / "slurm.conf")
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.states() == {node: "idle" for node in NODES}, 60, "two idle nodes")
+        try:
+            wait_for(lambda: self.states() == {node: "idle" for node in NODES}, 60, "two idle nodes")
+        except AssertionError:
+            self.close()
+            raise
 
     @staticmethod
     def is_possible() -> str | None:

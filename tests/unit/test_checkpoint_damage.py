@@ -23,7 +23,7 @@ from rat_megatron.checkpoint.hashes import HASHES_NAME, check_hashes, unfinished
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, latest_iteration
 from rat_megatron.convert import convert_to_hf
 from rat_megatron.errors import UserError
-from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain, pretrain_command, pretrain_environment, pretrain_here
+from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain, pretrain_command, pretrain_environment
 
 pytestmark = pytest.mark.slow
 
@@ -315,7 +315,7 @@ def test_kills_at_random_moments_of_saves_lose_nothing(tiny_data, tmp_path):
         latest = int(latest_iteration(killed))
         check_hashes(killed / f"iter_{latest:07d}")
     pretrain(*words, "--save", killed, "--async-save")
-    pretrain_here(*words, "--save", tmp_path / "alone", "--save-interval", 24)
+    pretrain(*words, "--save", tmp_path / "alone", "--save-interval", 24)
     assert same_weights(killed / "iter_0000024", tmp_path / "alone" / "iter_0000024")
 
 

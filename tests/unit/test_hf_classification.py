@@ -155,6 +155,7 @@ assert len(eager(ids, output_attentions=True).attentions) == 2
 for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
     model = auto.from_pretrained(folder, trust_remote_code=True, num_labels=3)
     hidden = body[:, -1] if "Sequence" in auto.__name__ else body
+    assert model.score.bias is None or not model.score.bias.any()
     torch.testing.assert_close(model(ids).logits, model.score(hidden))
     model.save_pretrained(auto.__name__)
     again = auto.from_pretrained(auto.__name__, trust_remote_code=True)
