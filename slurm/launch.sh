@@ -9,8 +9,8 @@
 #   RAT_HOME             this repository; default: where sbatch was called
 #   VENV                 virtual environment; default: $RAT_HOME/.venv
 #   CONTAINER_IMAGE      a container instead of it (Pyxis: srun --container-image), with CONTAINER_MOUNTS besides RAT_HOME and OUTPUT
-#   CHECKPOINT_SECONDS   time that the end of the program with its last checkpoint may take, kept free before the job's limit. Default: twice
-#                        what the last checkpoint took and two minutes; 600 where there is none
+#   CHECKPOINT_SECONDS   time that the program's end with its last checkpoint may take, kept free before the job's limit. Default:
+#                        twice what the last checkpoint took and two minutes; 600 where there is none
 #   NODE_CACHE           folder of each node that must be writable, for downloaded shards
 #   MAX_RESTARTS         restarts in a row without a new checkpoint, after which the job fails. Default 3
 set -euo pipefail
@@ -131,7 +131,7 @@ stop() {
     scancel --signal=TERM "$SLURM_JOB_ID" || true
 }
 
-# When no more than CHECKPOINT_SECONDS are left. The program looks at the clock itself (--exit-duration-in-mins); this is for one that does not.
+# When no more than CHECKPOINT_SECONDS are left: for a program that does not look at the clock itself, as --exit-duration-in-mins does.
 stop_at_limit() {
     local early=$(($(seconds_left) - CHECKPOINT_SECONDS))
     if [ "$early" -le 0 ]; then stop; else (sleep "$early" && stop) & fi
