@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+from pathlib import Path
 
+import psutil
+import pytest
 import torch
 
+from rat_megatron.checkpoint import host_copy
 from rat_megatron.checkpoint.host_copy import HostCopy, WriteBuckets, copy_to_host
 
 
@@ -58,3 +62,18 @@ def test_memory_is_used_again_and_grows():
     copy = copy_to_host(buckets(*more), memory)
     assert copy.memory is not memory and copy.memory.size >= 3 * 20_000
     assert all(torch.equal(there, here) for there, here in zip(tensors_of(copy.in_place()), more, strict=True))
+
+
+def test_memory_to_be_had_is_that_of_the_narrowest_control_group(tmp_path, monkeypatch):
+    path = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), None)
+    if path is None:
+        pytest.skip("no control groups of version 2 here")
+    monkeypatch.setattr(host_copy, "_CGROUPS", tmp_path)
+    group = tmp_path / path.strip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    assert host_copy.available_memory() <= psutil.virtual_memory().total
+    for name, content in {"memory.max": "5000000", "memory.current": "4000000", "memory.stat": "anon 7\ninactive_file 300000"}.items():
+        (group / name).write_text(content + "\n")
+    assert host_copy.available_memory() == 1_300_000
+    (group / "memory.max").write_text("max\n")
+    assert host_copy.available_memory() > 1_300_000
