@@ -75,14 +75,15 @@ def _measure(mode: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
     """One run that saves twice, then runs that load what it wrote: at the same layout, and at others where the mode can."""
     background = mode.endswith("async")
     interval = (4 if args.tiny else 25) if background else 2
+    iterations = (3 if background else 2) * interval  # the last save in the background is waited for
     save, watch = folder / mode, _Watch(folder / mode)
-    flags = [*(TINY_MODEL if args.tiny else MODEL), *common_flags(folder / "data", 3 * interval, args.tiny)]
+    flags = [*(TINY_MODEL if args.tiny else MODEL), *common_flags(folder / "data", iterations, args.tiny)]
     flags += f"--seq-length {64 if args.tiny else 1024} --micro-batch-size 1 --global-batch-size 4 --seed 5 --save {save}".split()
     flags += ["--use-distributed-optimizer", "--save-interval", str(interval), "--async-save" if background else "--no-async-save"]
     with _mode(mode):
         with _observed(watch):
             megatron_runs.run(flags, watch.between, args.runs_log)
-        size = sum(path.stat().st_size for path in (save / f"iter_{3 * interval:07d}").iterdir())
+        size = sum(path.stat().st_size for path in (save / f"iter_{iterations:07d}").iterdir())
         loads = {"load": _load(flags, save, [], args)}
         for name, words in _RESHARDED.items() if mode != "megatron-dp" else ():
             loads[name] = _load(flags, save, words.split(), args)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -53,18 +53,30 @@ def hash_own_files(folder: Path, rank: int) -> None:
 
 def check_hashes(folder: Path) -> None:
     """Raises UserError, on every rank, for the first file that is not as it was written; an older folder is said to be unchecked."""
+    begin_check(folder)()
+
+
+def begin_check(folder: Path) -> Callable[[], None]:
+    """check_hashes() beside what else goes on: a thread hashes this rank's share, and the function returned here waits and raises."""
     start, (rank, ranks) = time.perf_counter(), _place()
     files = _read(folder)
     if files is None:
         if rank == 0:
             print(f"rat-megatron: {folder} was written without hashes: its files are not checked", flush=True)
-        return
+        return lambda: None
     by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    faults = [fault for share in _gather(_faults(folder, files, by_size[rank::ranks])) for fault in share]
-    if faults:
-        raise _gather(damaged(folder, faults[0]) if rank == 0 else None)[0]
-    if rank == 0:
-        _say(folder, "checked", files, start)
+    thread = ThreadPoolExecutor(1)
+    share = thread.submit(_faults, folder, files, by_size[rank::ranks])
+    thread.shutdown(wait=False)
+
+    def finish() -> None:
+        faults = [fault for found in _gather(share.result()) for fault in found]
+        if faults:
+            raise _gather(damaged(folder, faults[0]) if rank == 0 else None)[0]
+        if rank == 0:
+            _say(folder, "checked", files, start)
+
+    return finish
 
 
 def check_quickly(folder: Path) -> None:

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _ALIGNMENT = 256  # bytes
-_THREADS = 8
+_THREADS = 4  # more are no faster
 _PIECE = 256 << 20  # bytes that a thread touches at a time
 
 WriteBuckets = list[tuple[str, str, tuple[list, list]]]
@@ -30,16 +29,27 @@ WriteBuckets = list[tuple[str, str, tuple[list, list]]]
 
 
 class HostMemory:
-    """Memory of ``size`` bytes that the process it is sent to has too; pinned where there is CUDA."""
+    """Memory of ``size`` bytes that the process it is sent to has too, there to be written to without a page fault."""
 
     def __init__(self, size: int):
         self.size, self._fd = size, os.memfd_create("checkpoint")  # no file of /dev/shm, which containers keep small
         os.ftruncate(self._fd, size)
         self._map = mmap.mmap(self._fd, size)
-        self.pinned = self._pin()
-        # Before the memory is unmapped: CUDA would copy from these pages whatever comes to lie at their addresses.
-        self._release = weakref.finalize(self, _release, self._fd, self._bytes().data_ptr() if self.pinned else None)
-        self._release.atexit = False
+        self.pinned = False
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(torch.Tensor.zero_, self._bytes().split(_PIECE)))
+        self._release = self._at_the_end(os.close, self._fd)
+
+    def pin(self) -> None:
+        """Where there is CUDA, copies from the device are then as fast as its bus. Not while a CUDA graph is being captured."""
+        if self.pinned or not torch.cuda.is_available():
+            return
+        at = self._bytes().data_ptr()
+        self.pinned = int(torch.cuda.cudart().cudaHostRegister(at, self.size, 0)) == 0
+        if self.pinned:
+            # Before the memory is unmapped: CUDA would copy from these pages whatever comes to lie at their addresses.
+            self._release.detach()
+            self._release = self._at_the_end(_unpin_and_close, self._fd, at)
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         """A tensor in it, with a storage of just its size."""
@@ -53,16 +63,15 @@ class HostMemory:
         self._map.close()
 
     def __reduce__(self) -> tuple:
-        return _attached, (DupFd(self._fd), self.size)
+        return _attached, (f"/proc/{os.getpid()}/fd/{self._fd}", self.size)
+
+    def _at_the_end(self, release: Callable[..., None], *of: int) -> weakref.finalize:
+        finalizer = weakref.finalize(self, release, *of)
+        finalizer.atexit = False
+        return finalizer
 
     def _bytes(self) -> torch.Tensor:
         return torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def _pin(self) -> bool:
-        """Touches every page, by several threads, and pins them: copies from the device are then as fast as its bus."""
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(torch.Tensor.zero_, self._bytes().split(_PIECE)))
-        return torch.cuda.is_available() and int(torch.cuda.cudart().cudaHostRegister(self._bytes().data_ptr(), self.size, 0)) == 0
 
 
 @dataclass
@@ -93,6 +102,7 @@ def copy_to_host(buckets: WriteBuckets, memory: HostMemory | None) -> HostCopy:
         if memory is not None:
             memory.close()
         memory = HostMemory(max(end, mmap.PAGESIZE))
+    memory.pin()
     tensors = [tensor for _, _, (_, pairs) in buckets for _, tensor in pairs]
     for where, tensor in zip(places, tensors, strict=True):
         memory.tensor(*where).copy_(tensor, non_blocking=True)
@@ -126,15 +136,13 @@ def _with_tensors(buckets: WriteBuckets, change: Callable[[Any], Any]) -> WriteB
     ]
 
 
-def _attached(descriptor: Any, size: int) -> HostMemory:
+def _attached(path: str, size: int) -> HostMemory:
     memory = object.__new__(HostMemory)
-    fd = descriptor.detach()
-    memory.size, memory._map = size, mmap.mmap(fd, size)
-    os.close(fd)  # the map keeps it
+    with open(path, "r+b") as file:  # the map keeps it
+        memory.size, memory._map = size, mmap.mmap(file.fileno(), size)
     return memory
 
 
-def _release(fd: int, pinned_at: int | None) -> None:
-    if pinned_at is not None:
-        torch.cuda.cudart().cudaHostUnregister(pinned_at)
+def _unpin_and_close(fd: int, at: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(at)
     os.close(fd)

@@ -289,6 +289,14 @@ def test_saves_in_the_background_are_whole(tiny_data, saved, tmp_path):
         assert same_weights(tmp_path / name, saved / name)
 
 
+def test_host_memory_is_taken_once_while_training_begins(tiny_data, tmp_path):
+    look = "import gc; from rat_megatron.checkpoint.host_copy import HostMemory; from rat_megatron.training.patches import saving"
+    look += "; there = [memory.size for memory in gc.get_objects() if isinstance(memory, HostMemory)]"
+    look += "; print('as taken:', there == [int(saving._bytes_a_rank(model) * saving._MARGIN)])"  # another would be as large as the copy
+    result = run_faulty(tiny_data, tmp_path / "run", look, "--async-save", "--save-interval", 1)
+    assert result.returncode == 0 and "as taken: True" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGTERM)", "megatron.training.get_args().exit_duration_in_mins = 1e-9"])
 def test_a_signal_and_a_time_limit_wait_for_the_save_in_flight(tiny_data, tmp_path, end):
     folder = tmp_path / "run"

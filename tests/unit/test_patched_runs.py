@@ -127,6 +127,8 @@ def test_the_wrappers_name_the_arguments_that_megatron_passes():
 
     step = "forward_step_func data_iterator model optimizer opt_param_scheduler config forward_backward_func iteration".split()
     assert leading(training.train_step, 8) == step
+    assert leading(training.train, 2) == ["forward_step_func", "model"]
+    assert leading(training.train, 2) == ["forward_step_func", "model"]
     assert leading(training.training_log, 4) == ["loss_dict", "total_loss_dict", "learning_rate", "iteration"]
     assert leading(training.evaluate_and_print_results, 5) == ["prefix", "forward_step_func", "data_iterator", "model", "iteration"]
     assert leading(training.num_floating_point_operations, 2) == ["args", "batch_size"]

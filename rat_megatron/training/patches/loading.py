@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rat_megatron.checkpoint import TRACKER_NAME
-from rat_megatron.checkpoint.hashes import check_hashes
+from rat_megatron.checkpoint.hashes import begin_check
 from rat_megatron.errors import UserError
 from rat_megatron.training.monitoring.weights import all_finite
 
@@ -82,15 +82,26 @@ def in_threads(read_data: Callable) -> Callable:
 
 
 def with_files_checked(load_base_checkpoint: Callable) -> Callable:
-    """Wraps ``_load_global_dist_base_checkpoint``, which Megatron calls first for the arguments and then for all."""
+    """Wraps ``_load_global_dist_base_checkpoint``, which Megatron calls first for the arguments and then for all: files are hashed while
+    they are loaded, and nothing goes on from one that is damaged."""
     checked: set[Path] = set()
 
     def load(load_dir: str, args: Namespace, rank0: bool, state: Any, iteration: int, release: bool, *rest: Any, **kwargs: Any) -> Any:
         folder = Path(checkpointing.get_checkpoint_name(load_dir, iteration, release, return_base_dir=True))
-        if folder not in checked and folder.is_dir() and torch.distributed.is_initialized():
-            check_hashes(folder)
+        if not folder.is_dir() or not torch.distributed.is_initialized():
+            return load_base_checkpoint(load_dir, args, rank0, state, iteration, release, *rest, **kwargs)
+        finish = None if rank0 or folder in checked else begin_check(folder)
+        try:
+            loaded = load_base_checkpoint(load_dir, args, rank0, state, iteration, release, *rest, **kwargs)
+        except (UserError, OSError):
+            raise
+        except Exception:  # damaged bytes lead to any kind; torch raises it on every rank
+            (finish or begin_check(folder))()
+            raise
+        if finish:
+            finish()
             checked.add(folder)
-        return load_base_checkpoint(load_dir, args, rank0, state, iteration, release, *rest, **kwargs)
+        return loaded
 
     return load
 

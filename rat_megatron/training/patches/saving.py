@@ -10,6 +10,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ SECONDS_NAME = "checkpoint_seconds"
 
 _TRIED_BYTES = 16 << 20
 _BYTES_OF_STATE = 12  # of a parameter: fp32 weight and two moments
+_MARGIN = 1.06  # shares of ranks differ, as tensors are written by one each
 
 
 class Saves:
@@ -43,8 +45,21 @@ class Saves:
 
     def __init__(self, args: Namespace):
         self._args, self._begun = args, 0.0
-        self._memory: HostMemory | None = None
+        self._memory: Future[HostMemory] | None = None
         self._removal: threading.Thread | None = None
+
+    def with_memory(self, train: Callable) -> Callable:
+        """Wraps Megatron's ``train``: the host memory of saves in the background is taken while the first iterations run."""
+
+        def with_memory_taken(forward_step_func: Callable, model: list, *rest: Any, **kwargs: Any) -> Any:
+            if self._args.save and self._has_room(model):
+                size = int(_bytes_a_rank(model) * _MARGIN)
+                with ThreadPoolExecutor(1, "host memory of checkpoints") as thread:
+                    self._memory = thread.submit(HostMemory, size)
+                    return train(forward_step_func, model, *rest, **kwargs)
+            return train(forward_step_func, model, *rest, **kwargs)
+
+        return with_memory_taken
 
     def one_at_a_time(self, save_checkpoint: Callable) -> Callable:
         """Wraps Megatron's ``save_checkpoint``."""
@@ -85,8 +100,9 @@ class Saves:
             if not request.async_fn:
                 return request
             rank, buckets, results = request.async_fn_args
-            copy = copy_to_host(buckets, self._memory)
-            self._memory = copy.memory
+            copy = copy_to_host(buckets, self._memory.result() if self._memory else None)
+            self._memory = Future()
+            self._memory.set_result(copy.memory)
             return request._replace(
                 async_fn=partial(write_and_hash, request.async_fn, folder), async_fn_args=(rank, copy, results), preload_fn=None
             )
@@ -115,9 +131,7 @@ class Saves:
         """Whether the host of every rank has memory for the copies of its ranks."""
         if self._memory is not None:
             return True
-        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-        of_model = sum(parameter.numel() * (parameter.element_size() + _BYTES_OF_STATE) for parameter in parameters)
-        wanted = of_model / mpu.get_data_parallel_world_size(with_context_parallel=True) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        wanted = _bytes_a_rank(model) * _MARGIN * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         available = available_memory()
         every: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(every, (available < wanted, wanted, available))
@@ -129,6 +143,13 @@ class Saves:
                 flush=True,
             )
         return not lacks
+
+
+def _bytes_a_rank(model: list) -> float:
+    """What a rank writes of weights and optimizer, about; precision-aware optimizers and Muon have less."""
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    of_model = sum(parameter.numel() * (parameter.element_size() + _BYTES_OF_STATE) for parameter in parameters)
+    return of_model / mpu.get_data_parallel_world_size(with_context_parallel=True)
 
 
 def unless_saved(save_checkpoint_and_time: Callable, args: Namespace) -> Callable:

@@ -187,6 +187,8 @@ def _checkpoints(args: Namespace, watchdog: Watchdog | None) -> list[Patch]:
     if args.async_save:
         why = "Megatron would wait for ever for the process that writes, where that has been killed."
         rows += [Patch(PersistentAsyncCaller, "is_current_async_call_done", saving.of_a_living_writer, why)]
+        why = "The first save in the background would hold training up for as long as it takes to get its host memory."
+        rows += [Patch(training, "train", saves.with_memory, why)]
         why = "The processes that write would outlive a run that is killed, with its host memory."
         rows += [
             Patch(PersistentAsyncCaller, "async_loop", lambda _: partial(writer.writing_loop, os.getpid()), why),
