@@ -17,12 +17,29 @@ def recurrence(k: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     return torch.stack(out, dim=1)
 
 
-def rotary(x: torch.Tensor, base: float = 10000.0) -> torch.Tensor:
-    """Rotate-half RoPE over the full head dimension at positions 0, 1, ... of x [b, t, h, d]."""
-    half = x.shape[-1] // 2
-    angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * base ** (-torch.arange(half, dtype=x.dtype) / half)
+def rotary(x: torch.Tensor, base: float = 10000.0, share: float = 1.0, stretch=lambda frequency: frequency) -> torch.Tensor:
+    """Rotate-half RoPE at positions 0, 1, ... of x [b, t, h, d], over the first ``share`` of d; ``stretch`` may change frequencies."""
+    turned = int(x.shape[-1] * share)
+    half, rest = turned // 2, x[..., turned:]
+    angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * stretch(base ** (-torch.arange(half, dtype=x.dtype) / half))
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    return torch.cat([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], dim=-1)
+    low, high = x[..., :half], x[..., half:turned]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
+
+
+def llama3(frequency, factor: float = 8.0, low: float = 1.0, high: float = 4.0, original: int = 8192):
+    """Llama 3's stretched frequencies, one at a time: long waves are stretched, short ones kept, those between partly."""
+    out = []
+    for f in frequency.tolist():
+        wavelength = 2 * math.pi / f
+        if wavelength < original / high:
+            out.append(f)
+        elif wavelength > original / low:
+            out.append(f / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            out.append((1 - smooth) * f / factor + smooth * f)
+    return torch.tensor(out, dtype=frequency.dtype)
 
 
 def sees(t: int, j: int, dilation: int | None, window: int = 0, sinks: int = 0) -> bool:
@@ -49,33 +66,49 @@ def rms_norm(x, weight, eps: float = 1e-6):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def model(weights: dict[str, torch.Tensor], tokens: torch.Tensor, num_heads: int, num_groups: int, visible) -> torch.Tensor:
-    """Logits [b, t, vocab] of tokens [b, t]; visible(layer, head, t, j) -> bool. Recurrence where a layer has a forget gate."""
+def model(
+    weights: dict[str, torch.Tensor], tokens: torch.Tensor, num_heads: int, num_groups: int, visible, turn=lambda x, layer: rotary(x)
+) -> torch.Tensor:
+    """Logits [b, t, vocab] of tokens [b, t]; visible(layer, head, t, j) -> bool; turn(x [b, t, h, d], layer) is RoPE.
+
+    What a layer has follows from the names of its weights: recurrence with a forget gate, an output gate, biases, norms of queries and
+    keys, over each head or over all, and norms before attention and MLP or behind them.
+    """
     w = {name: tensor.double() for name, tensor in weights.items()}
     x = w["model.embed_tokens.weight"][tokens]
     layer = 0
-    while f"model.layers.{layer}.input_layernorm.weight" in w:
+    while f"model.layers.{layer}.self_attn.q_proj.weight" in w:
         prefix = f"model.layers.{layer}."
-        h = rms_norm(x, w[prefix + "input_layernorm.weight"])
+        norms_after = prefix + "post_feedforward_layernorm.weight" in w
+        h = x if norms_after else rms_norm(x, w[prefix + "input_layernorm.weight"])
 
         def project(name, count, h=h, prefix=prefix):
-            return (h @ w[f"{prefix}self_attn.{name}.weight"].T).unflatten(-1, (count, -1))
+            out = h @ w[f"{prefix}self_attn.{name}_proj.weight"].T + w.get(f"{prefix}self_attn.{name}_proj.bias", 0)
+            norm = w.get(f"{prefix}self_attn.{name}_norm.weight")
+            if norm is not None and len(norm) == out.shape[-1]:
+                out = rms_norm(out, norm)
+            heads = out.unflatten(-1, (count, -1))
+            return rms_norm(heads, norm) if norm is not None and len(norm) != out.shape[-1] else heads
 
-        q, o = project("q_proj", num_heads), project("output_gate_proj", num_heads)
-        k, v = project("k_proj", num_groups), project("v_proj", num_groups)
+        q, k, v = project("q", num_heads), project("k", num_groups), project("v", num_groups)
         if prefix + "self_attn.forget_gate_proj.weight" in w:
-            f = project("forget_gate_proj", num_groups)
+            f = project("forget_gate", num_groups)
             k, v = recurrence(k, f), recurrence(v, f)
-        a = attention(rotary(q), rotary(k), v, lambda head, t, j, layer=layer: visible(layer, head, t, j))
-        x = x + (torch.sigmoid(o) * a).flatten(-2) @ w[prefix + "self_attn.o_proj.weight"].T
-        h = rms_norm(x, w[prefix + "post_attention_layernorm.weight"])
+        a = attention(turn(q, layer), turn(k, layer), v, lambda head, t, j, layer=layer: visible(layer, head, t, j))
+        if prefix + "self_attn.output_gate_proj.weight" in w:
+            a = torch.sigmoid(project("output_gate", num_heads)) * a
+        a = a.flatten(-2) @ w[prefix + "self_attn.o_proj.weight"].T
+        after = w[prefix + "post_attention_layernorm.weight"]
+        x = x + (rms_norm(a, after) if norms_after else a)
+        h = x if norms_after else rms_norm(x, after)
         u = h @ w[prefix + "mlp.up_proj.weight"].T
         if prefix + "mlp.gate_proj.weight" in w:
             g = h @ w[prefix + "mlp.gate_proj.weight"].T
             u = u * g / (1 + torch.exp(-g))
         else:
             u = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
-        x = x + u @ w[prefix + "mlp.down_proj.weight"].T
+        u = u @ w[prefix + "mlp.down_proj.weight"].T
+        x = x + (rms_norm(u, w[prefix + "post_feedforward_layernorm.weight"]) if norms_after else u)
         layer += 1
     x = rms_norm(x, w["model.norm.weight"])
     return x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T

@@ -49,7 +49,6 @@ ARCHITECTURE = (
     "hidden_size",
     "num_attention_heads",
     "vocab_size",
-    "rotary_base",
     "untie_embeddings_and_output_weights",
     "swiglu",
     "rat_recurrence",

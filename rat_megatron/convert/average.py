@@ -15,8 +15,9 @@ from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, StoredTensor, Torch
 from rat_megatron.convert.megatron_args import config_from_args
 from rat_megatron.convert.megatron_weights import MegatronWeights
 from rat_megatron.errors import UserError
+from rat_megatron.model.architecture import OPTIONS, ROTARY
 
-_SAME = (*ARCHITECTURE, "kv_channels", "num_query_groups", "ffn_hidden_size", "layernorm_epsilon")
+_SAME = (*ARCHITECTURE, *OPTIONS, *ROTARY, "kv_channels", "num_query_groups", "ffn_hidden_size", "layernorm_epsilon")
 
 
 def find_iterations(checkpoint: Path, last: int | None, steps: list[int]) -> list[Path]:

@@ -11,6 +11,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+OPTIONS: dict[str, Any] = {
+    "attention_output_gate": True,
+    "add_qkv_bias": False,
+    "rat_gate_bias": False,
+    "qk_layernorm": False,
+    "rat_qk_layernorm_over_heads": False,
+    "rat_norm_after": False,
+    "rotary_percent": 1.0,
+    "no_rope_freq": None,
+}
+"""What a layer may have beyond the paper's, and the values there: those of checkpoints that do not say."""
+
+ROTARY: dict[str, Any] = {
+    "rotary_base": 10000,
+    "position_embedding_type": "rope",
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "rotary_seq_len_interpolation_factor": None,
+    "rotary_scaling_factor": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+    "yarn_original_max_position_embeddings": None,
+    "yarn_beta_fast": None,
+    "yarn_beta_slow": None,
+    "yarn_correction_range_round_to_int": None,
+}
+"""The angles of RoPE, likewise: a run from --pretrained-checkpoint may have others, for longer sequences."""
+
 EXPORTED = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -27,6 +55,15 @@ EXPORTED = {
     "max_position_embeddings": "max_position_embeddings",
     "untie_embeddings_and_output_weights": "tie_word_embeddings",
     "swiglu": "hidden_act",
+    "attention_output_gate": "use_output_gate",
+    "add_qkv_bias": "attention_bias",
+    "rat_gate_bias": "gate_bias",
+    "qk_layernorm": "qk_norm",
+    "rat_qk_layernorm_over_heads": "qk_norm",
+    "rat_norm_after": "norm_position",
+    "rotary_percent": "rotary_percent",
+    "no_rope_freq": "layers_without_rope",
+    **dict.fromkeys(set(ROTARY) - {"rotary_base"}, "rotary_scaling"),
 }
 """Arguments with any value, and the key of the Hugging Face config that they become (rat_megatron.convert.megatron_args)."""
 
@@ -34,24 +71,15 @@ FIXED: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
     "apply_residual_connection_post_layernorm": False,
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
-    "rope_scaling_factor": 8.0,
     "mrope_section": None,
-    "no_rope_freq": None,
     "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
     "qk_l2_norm": False,
     "qk_clip": False,
     "softmax_type": "vanilla",
     "window_size": None,
     "window_attn_skip_freq": None,
     "attention_dropout": 0.0,
-    "attention_output_gate": True,
     "apply_query_key_layer_scaling": False,
     "use_kitchen_attention": False,
     "multi_latent_attention": False,
@@ -112,13 +140,14 @@ UNUSED = (
     Unused(
         "is for layers that a RAT+ model does not have",
         groups=("moe", "mla", "experimental_attention_variant", "heterogeneous architecture"),
-        prefixes=("moe_", "expert_", "mtp_", "dsa_", "linear_", "yarn_", "qk_clip_", "mup_"),
+        prefixes=("moe_", "expert_", "mtp_", "dsa_", "linear_", "qk_clip_", "mup_"),
         names=(
             *("use_grouped_gemm_for_shared_expert", "use_grouped_gemm_for_dense_mlp", "use_fused_weighted_squared_relu", "rope_type"),
             *("high_priority_a2a_comm_stream", "overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad"),
             *("ep_overlap_early_attn_memory_release", "save_tokens_per_expert_interval", "kitchen_attention_backend"),
             *("apply_wd_to_qk_layernorm", "no_weight_decay_cond_type", "add_position_embedding", "log_max_attention_logit"),
         ),
+        but=("rotary_scaling_factor", "mscale", "mscale_all_dim"),  # YaRN's, which Megatron's parser has among them
     ),
     Unused(
         "is for Megatron's own datasets, and RAT+ reads MDS streams",
@@ -175,6 +204,9 @@ UNUSED = (
 )
 """Flags that are refused where they differ from their default; the first rule that holds gives the reason."""
 
+YARN = tuple(name for name in ROTARY if name.startswith(("yarn_", "mscale", "rotary_scaling")))
+"""Arguments that only --position-embedding-type yarn has a use for."""
+
 SPEC = ["rat_megatron.model.layer_spec", "get_rat_block_spec"]
 
 
@@ -184,6 +216,8 @@ def other_values(settings: Any) -> Iterator[tuple[str, Any, Any]]:
         value = getattr(settings, name, right)
         if value != right:
             yield name, value, right
+    if (kind := getattr(settings, "position_embedding_type", "rope")) not in ("rope", "yarn"):
+        yield "position_embedding_type", kind, "rope"
 
 
 def unused_flags(args: Namespace, groups: dict[str, str], defaults: dict[str, Any]) -> Iterator[tuple[str, str]]:

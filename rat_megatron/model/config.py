@@ -26,6 +26,15 @@ class RATTransformerConfig(TransformerConfig):
     rat_pattern: str = "dense"
     """The attention pattern that the model starts with (rat_megatron.ratplus.pattern)."""
 
+    rat_gate_bias: bool = False
+    """Forget and output gate have a bias, also where queries, keys and values have none (``add_qkv_bias`` gives one to all)."""
+
+    rat_qk_layernorm_over_heads: bool = False
+    """The norms of queries and keys (``qk_layernorm``) are over all heads at once, as in OLMo2, not over each."""
+
+    rat_norm_after: bool = False
+    """The norms of a layer stand behind its attention and its MLP, as in OLMo2, not before them."""
+
     normalization: str = "RMSNorm"
     add_bias_linear: bool = False
     attention_dropout: float = 0.0
@@ -36,6 +45,8 @@ class RATTransformerConfig(TransformerConfig):
             # RAT+ initialises every matrix alike; Megatron would scale the output projections down with depth.
             self.output_layer_init_method = init_method_normal(self.init_method_std)
         super().__post_init__()
+        if self.rat_qk_layernorm_over_heads and not self.qk_layernorm:
+            raise ValueError("rat_qk_layernorm_over_heads says how qk_layernorm is computed: set that too")
         AttentionPattern.parse(self.rat_pattern).check(self.num_layers, self.num_attention_heads)
 
 

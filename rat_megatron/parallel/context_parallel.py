@@ -44,7 +44,7 @@ def in_sequence_order(gathered: Tensor, size: int) -> list[Tensor]:
 
 
 def scan_mixed_qkv_context_parallel(
-    projection: Tensor, query_width: int, group: dist.ProcessGroup
+    projection: Tensor, query_width: int, group: dist.ProcessGroup, output_gate: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scan_mixed_qkv over the whole sequence, of which this rank holds two chunks, without RoPE.
 
@@ -53,7 +53,7 @@ def scan_mixed_qkv_context_parallel(
     its true state; the backward pass exchanges the same the other way round. Nothing is computed in logarithms.
     """
     training = torch.is_grad_enabled() and projection.requires_grad
-    return _ScanMixedQkv.apply(projection, mixed_qkv_widths(projection, query_width), group, training)
+    return _ScanMixedQkv.apply(projection, mixed_qkv_widths(projection, query_width, output_gate), group, training)
 
 
 class _ScanMixedQkv(torch.autograd.Function):

@@ -7,6 +7,8 @@ Source: arXiv 2602.18196. Per row and key head a dilated pattern keeps S + W + 1
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .configuration_ratplus import RatPlusConfig
 from .past_ratplus import RecentPast
 from .pattern import AttentionPattern, HeadPattern
-from .rotary_ratplus import apply_rotary, no_autocast, rotary_tables
+from .rotary_ratplus import apply_rotary, no_autocast, rotary_tables, without_rotation
 
 # What Transformers calls a cache among the arguments and the outputs of a model: "past_key_values" before 5.24, "cache" since.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -155,13 +157,15 @@ class HeadCache:
             kept = f", such as a multiple of {head.dilation}" if head.dilation else ""
             raise ValueError(f"pattern '{head}' has let go of the token whose recurrent state is needed: crop behind one it keeps{kept}")
 
-    def crop(self, before: torch.Tensor, lengths: torch.Tensor, rope_theta: float) -> None:
+    def crop(
+        self, before: torch.Tensor, lengths: torch.Tensor, tables: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
         """Cuts rows of ``before`` [b] tokens to ``lengths`` [b]. Without notes on the tokens in between, the state comes from the last
-        remaining one's entry, in its precision."""
+        remaining one's entry, in its precision; ``tables`` gives this layer's cosines and sines of positions [b, t]."""
         if self._can_undo(before - lengths):
             self.past.undo(self, before, lengths)
         else:
-            self._state_from_entry(before, lengths, rope_theta)
+            self._state_from_entry(before, lengths, tables)
             self.past = None if self.past is None else RecentPast(self, self.past.wanted)
         if self.blocks is not None:
             self._shorten_blocks(lengths)
@@ -169,12 +173,13 @@ class HeadCache:
     def _can_undo(self, removed: torch.Tensor) -> bool:
         return self.past is not None and self.past.covers(removed)
 
-    def _state_from_entry(self, before: torch.Tensor, lengths: torch.Tensor, rope_theta: float) -> None:
+    def _state_from_entry(self, before: torch.Tensor, lengths: torch.Tensor, tables: Callable) -> None:
         share = self._holds_last(before, lengths).to(self.state.dtype)
         share = (share / share.sum(dim=1, keepdim=True).clamp(min=1))[:, None, :, None]
         k, v = ((share * x).sum(dim=2, keepdim=True) for x in (self.k, self.v))  # [b, ng, 1, hn], zero where no token is left
-        cos, sin = rotary_tables((lengths - 1)[:, None], k.shape[-1], rope_theta, k.dtype)
-        state = torch.stack([apply_rotary(k, cos, -sin), v])[:, :, :, 0]
+        cos, sin = tables((lengths - 1)[:, None])
+        square = cos.square() + sin.square()  # 1, but for YaRN's factor
+        state = torch.stack([apply_rotary(k, cos / square, -sin / square), v])[:, :, :, 0]
         self.state = torch.where((lengths < before)[:, None, None], state, self.state)
 
     def _shorten_blocks(self, lengths: torch.Tensor) -> None:
@@ -230,7 +235,7 @@ class RatPlusCache(Cache):
             self.layers = [RatPlusCacheLayer() for _ in range(config.num_hidden_layers)]
             self.record_past(self.recording)
             self.lengths, self.pattern = torch.zeros(x.shape[0], dtype=torch.long, device=x.device), pattern
-            self.recurrent, self.rope_theta = config.use_recurrence, config.rope_theta
+            self.config = config
         if self.pattern != pattern:
             raise ValueError(
                 f"the cache holds what attention pattern '{self.pattern}' needs, but this call attends under '{pattern}': start a new one"
@@ -288,14 +293,18 @@ class RatPlusCache(Cache):
             return
         cut = self.columns - columns if self.mask is None else (self.mask[:, columns:] != 0).sum(dim=1).to(self.lengths.device)
         lengths = self.lengths - cut
-        caches = [cache for layer in self.layers for cache in layer.heads]
-        for cache in caches:
-            cache.check_crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.recurrent)
-        for cache in caches:
+        caches = [(index, cache) for index, layer in enumerate(self.layers) for cache in layer.heads]
+        for _, cache in caches:
+            cache.check_crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.config.use_recurrence)
+        for layer, cache in caches:
             with torch.no_grad(), no_autocast(cache.k.device):
-                cache.crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), self.rope_theta)
+                cache.crop(self.lengths.to(cache.k.device), lengths.to(cache.k.device), partial(self._tables, layer, cache.k.dtype))
         self.columns, self.lengths = columns, lengths
         self.mask = None if self.mask is None else self.mask[:, :columns]
+
+    def _tables(self, layer: int, dtype: torch.dtype, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tables = rotary_tables(positions, self.config, dtype)
+        return without_rotation(tables) if layer in self.config.layers_without_rope else tables
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(lambda x, axis: x.index_select(axis, beam_idx.to(x.device)))

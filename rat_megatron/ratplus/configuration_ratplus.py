@@ -7,6 +7,7 @@ from typing import ClassVar
 from transformers import PretrainedConfig
 
 from .pattern import AttentionPattern
+from .rotary_ratplus import check_scaling
 
 
 class RatPlusConfig(PretrainedConfig):
@@ -15,8 +16,16 @@ class RatPlusConfig(PretrainedConfig):
     ``use_recurrence`` False is the plain-attention baseline, which has no forget gate. ``attention_pattern`` is one word, such as
     ``dense``, ``d16w256s4`` or ``[dense,d64]*12``; it is kept in its shortest form. ``block_scores`` says what top-k patterns
     choose blocks by: "bounds" of their keys, as Quest does and as they are trained here, or their "means", as MoBA does.
-    ``hidden_act`` is "gelu", as in the paper, or "silu": SwiGLU, with a gate projection (arXiv 2002.05202). Raises ValueError for
-    sizes that do not fit together and for a pattern that does not parse or does not fit the layers and heads.
+    ``hidden_act`` is "gelu", as in the paper, or "silu": SwiGLU, with a gate projection (arXiv 2002.05202).
+
+    What other families have, all off in the paper's layer: ``use_output_gate`` False leaves the output gate out. ``attention_bias`` is a
+    bias of q, k and v, ``gate_bias`` one of the forget and output gates. ``qk_norm`` normalizes queries and keys, the latter before the
+    recurrence: "head" over each head (as Qwen3), "layer" over all heads at once (as OLMo2). ``norm_position`` "after" puts the norms of a
+    layer behind its attention and MLP (as OLMo2). ``rotary_percent``: the share of a head's channels, the first ones, that RoPE turns.
+    ``rotary_scaling``: a longer range for RoPE, {"rope_type": "linear", "llama3" or "yarn", "factor": ...} and what else Transformers'
+    models of that type have there. ``layers_without_rope``: indices of layers that RoPE leaves alone (as SmolLM3).
+
+    Raises ValueError for sizes that do not fit together and for a pattern that does not parse or does not fit the layers and heads.
     """
 
     model_type = "ratplus"
@@ -37,6 +46,14 @@ class RatPlusConfig(PretrainedConfig):
         max_position_embeddings: int = 4096,
         initializer_range: float = 0.02,
         use_recurrence: bool = True,
+        use_output_gate: bool = True,
+        attention_bias: bool = False,
+        gate_bias: bool = False,
+        qk_norm: str | None = None,
+        norm_position: str = "before",
+        rotary_percent: float = 1.0,
+        rotary_scaling: dict | None = None,
+        layers_without_rope: list[int] | None = None,
         attention_pattern: str = "dense",
         block_scores: str = "bounds",
         use_cache: bool = True,
@@ -59,14 +76,29 @@ class RatPlusConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.use_recurrence = use_recurrence
+        self.use_output_gate = use_output_gate
+        self.attention_bias = attention_bias
+        self.gate_bias = gate_bias
+        self.qk_norm = qk_norm
+        self.norm_position = norm_position
+        self.rotary_percent = rotary_percent
+        self.rotary_scaling = rotary_scaling
+        self.layers_without_rope = sorted(layers_without_rope or [])
         self.block_scores = block_scores
         self.use_cache = use_cache
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns channels in pairs")
+        if self.head_dim % 2 or int(self.head_dim * rotary_percent) % 2 or not 0 < rotary_percent <= 1:
+            raise ValueError(f"head_dim {self.head_dim} with rotary_percent {rotary_percent}: rotary embedding turns channels in pairs")
+        check_scaling(rotary_scaling)
+        if not set(self.layers_without_rope) <= set(range(num_hidden_layers)):
+            raise ValueError(f"layers_without_rope {self.layers_without_rope} are not all among {num_hidden_layers} layers")
+        if qk_norm not in (None, "head", "layer"):
+            raise ValueError(f"qk_norm is 'head', 'layer' or None, not {qk_norm!r}")
+        if norm_position not in ("before", "after"):
+            raise ValueError(f"norm_position is 'before' or 'after', not {norm_position!r}")
         if hidden_act not in ("gelu", "silu"):
             raise ValueError(f"hidden_act is 'gelu' or 'silu', not {hidden_act!r}")
         if block_scores not in ("bounds", "means"):

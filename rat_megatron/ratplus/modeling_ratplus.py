@@ -145,7 +145,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
             refuse_restarts(position_ids, tokens)
         else:  # where nothing came before, one table serves all rows
             position_ids = tokens.positions if columns else tokens.positions[:1]
-        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
+        rotary = rotary_tables(position_ids, self.config, hidden_states.dtype)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

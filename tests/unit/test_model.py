@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from rat_megatron.convert.names import FUSED_MLP, FUSED_QKV, TABLE, split_fused_qkv
+from rat_megatron.convert.names import FUSED_MLP, FUSED_QKV, FUSED_QKV_BIAS, TABLE, split_fused_qkv
 from rat_megatron.ratplus.pattern import AttentionPattern, PatternError
+from tests import reference
 from tests.reference import model as reference_model
 from tests.reference import sees
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("megatron_process")
 VOCAB, LENGTH, LAYERS, HEADS = 64, 40, 3, 4
 
 
-def build(recurrence=True, groups=HEADS, tied=True, pattern="dense", **kwargs):
+def build(recurrence=True, groups=HEADS, tied=True, pattern="dense", rope=None, **kwargs):
     """A GPTModel with RAT+ layers and random weights, norms included."""
     from megatron.core.models.gpt import GPTModel
 
@@ -29,13 +30,14 @@ def build(recurrence=True, groups=HEADS, tied=True, pattern="dense", **kwargs):
         layernorm_epsilon=1e-6, add_bias_linear=False, rat_recurrence=recurrence, rat_pattern=pattern, transformer_impl="local",
         attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, **kwargs,
     )  # fmt: skip
-    model = GPTModel(
-        config, get_rat_block_spec(config), VOCAB, 64, position_embedding_type="rope", share_embeddings_and_output_weights=tied
-    )
+    rope = {"position_embedding_type": "rope"} | (rope or {})
+    model = GPTModel(config, get_rat_block_spec(config), VOCAB, 64, share_embeddings_and_output_weights=tied, **rope)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         scale, shift = (0.2, 1.0) if "norm" in name else (0.3, 0.0)
         parameter.data = shift + scale * torch.randn(parameter.shape, generator=generator)
+        if name.endswith("linear_qkv.bias") and not config.add_qkv_bias:
+            parameter.data *= model.get_submodule(name.removesuffix(".linear_qkv.bias"))._of_gates
     return model
 
 
@@ -46,10 +48,15 @@ def by_hf_name(model, groups=HEADS, recurrence=True, of=lambda parameter: parame
         for layer in range(LAYERS if row.per_layer else 1):
             if found := row.find(named, layer):
                 tensor = of(named.pop(found[0]))
-                gated = row is FUSED_MLP and model.config.gated_linear_unit
-                parts = split_fused_qkv(tensor, HEADS, groups, 8, recurrence) if row is FUSED_QKV else tensor.chunk(1 + gated)
-                names = row.hf[: len(parts)] if row is FUSED_QKV else row.hf[-len(parts) :]
-                tensors |= {name.format(layer=layer): part for name, part in zip(names, parts, strict=True)}
+                if row in (FUSED_QKV, FUSED_QKV_BIAS):
+                    parts = split_fused_qkv(tensor, HEADS, groups, 8, recurrence, model.config.attention_output_gate)
+                    names = {name.split(".")[-2].removesuffix("_proj"): name for name in row.hf}
+                    if row is FUSED_QKV_BIAS and not model.config.add_qkv_bias:
+                        assert not any(parts.pop(name).any() for name in ("q", "k", "v"))  # nor has what ``of`` takes of them
+                    tensors |= {names[name].format(layer=layer): part for name, part in parts.items()}
+                    continue
+                parts = tensor.chunk(1 + (row is FUSED_MLP and model.config.gated_linear_unit))
+                tensors |= {name.format(layer=layer): part for name, part in zip(row.hf[-len(parts) :], parts, strict=True)}
     assert not named, f"parameters without a name in the table: {list(named)}"
     return tensors
 
@@ -105,6 +112,46 @@ def test_logits_and_gradients_equal_the_definition(word, groups, tied, mlp):
     assert gradients.keys() == weights.keys()
     for name, weight in weights.items():
         assert relative(gradients[name], weight.grad) < 1e-4, name
+
+
+# What other families' layers have: config, GPTModel's arguments, and RoPE by its definition.
+OPTIONS = {
+    "qwen2.5": ({"add_qkv_bias": True, "attention_output_gate": False, **SWIGLU}, {}, {}),
+    "qwen3": ({"qk_layernorm": True, "rat_gate_bias": True, **SWIGLU}, {"rotary_base": 1000000}, {"base": 1000000}),
+    "olmo2": (
+        {"qk_layernorm": True, "rat_qk_layernorm_over_heads": True, "rat_norm_after": True, "attention_output_gate": False, **SWIGLU},
+        {}, {},
+    ),
+    "gate bias": ({"rat_gate_bias": True, "attention_output_gate": False}, {}, {}),
+    "llama3": ({}, {"rope_scaling": True, "rope_scaling_factor": 32.0}, {"stretch": lambda f: reference.llama3(f, 32.0)}),
+    "linear": ({}, {"seq_len_interpolation_factor": 4}, {"stretch": lambda f: f / 4}),
+    "partial": ({"no_rope_freq": [0, 1, 0]}, {"rotary_percent": 0.5}, {"share": 0.5, "without": [1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["dense", "d8w5s2"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_other_families_equal_the_definition(name, word):
+    options, rope, definition = OPTIONS[name]
+    model = build(groups=2, rope=rope, **options)
+    set_attention_pattern([model], AttentionPattern.parse(word))
+    tokens = torch.randint(0, VOCAB, (2, LENGTH))
+    weights = {name: tensor.double().requires_grad_() for name, tensor in by_hf_name(model, 2).items()}
+    without = definition.get("without", [])
+
+    def turn(x, layer):
+        return x if layer in without else reference.rotary(x, **{key: value for key, value in definition.items() if key != "without"})
+
+    expected = reference_model(weights, tokens, HEADS, 2, visible_by(word), turn)
+    actual = logits_of(model, tokens)
+    assert relative(actual.detach(), expected.detach()) < 1e-5
+    direction = torch.randn_like(actual)
+    actual.backward(direction)
+    expected.backward(direction.double())
+    gradients = by_hf_name(model, 2, of=lambda parameter: parameter.grad)
+    assert gradients.keys() == weights.keys()
+    for weight_name, weight in weights.items():
+        assert relative(gradients[weight_name], weight.grad) < 1e-4, weight_name
 
 
 def test_baseline_is_the_same_block_without_recurrence():

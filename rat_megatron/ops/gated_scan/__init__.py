@@ -36,21 +36,28 @@ def gated_scan(
 
 
 def scan_mixed_qkv(
-    mixed_qkv: Tensor, query_width: int, cos: Tensor | None = None, sin: Tensor | None = None, implementation: str | None = None
+    mixed_qkv: Tensor,
+    query_width: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    implementation: str | None = None,
+    output_gate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gated_scan on a layer's fused projection, whose gradient the kernels write in its place instead of joining five.
 
     mixed_qkv: [s, b, ng, 2 * query_width + 3 * hn], in every group [query | output gate | k | v | f]. Returns query and output gate
     [s, b, ng, query_width], and k~ and v~ [s, b, ng, hn]. Given cos and sin, RoPE turns the queries too, whose width then is a multiple of
     hn; the kernels then use their place in the projection, which is not to be read again. Else query and gate are slices of the
-    projection. Everything else as in gated_scan, from no state.
+    projection. Without ``output_gate`` there is none in the projection, and its place among the results has no channels. Everything
+    else as in gated_scan, from no state.
     """
-    _, _, k, v, f = mixed_qkv.split(mixed_qkv_widths(mixed_qkv, query_width), dim=-1)
+    widths = mixed_qkv_widths(mixed_qkv, query_width, output_gate)
+    _, _, k, v, f = mixed_qkv.split(widths, dim=-1)
     check_inputs(f, k, v)
     check_rope(k, cos, sin)
     if cos is not None and query_width % k.shape[3]:
         raise ValueError(f"RoPE turns whole heads of {k.shape[3]} channels, not queries of {query_width}")
-    return choose(__name__, implementation, k).scan_mixed_qkv(mixed_qkv, query_width, cos, sin)
+    return choose(__name__, implementation, k).scan_mixed_qkv(mixed_qkv, widths, cos, sin)
 
 
 # ---- what context parallelism exchanges: none of it is differentiable, as it is called inside an autograd function --------------------

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rat_megatron.ops.gated_scan.shapes import mixed_qkv_widths
 from rat_megatron.ops.rope.reference import apply_rope
 
 # Steps run one after the other inside a chunk while all chunks advance together. 16 to 64 are equally fast on a CPU for 256 to
@@ -30,9 +29,9 @@ def gated_scan(
 
 
 def scan_mixed_qkv(
-    mixed_qkv: Tensor, query_width: int, cos: Tensor | None = None, sin: Tensor | None = None
+    mixed_qkv: Tensor, widths: list[int], cos: Tensor | None = None, sin: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, gate, k, v, f = mixed_qkv.split(mixed_qkv_widths(mixed_qkv, query_width), dim=-1)
+    query, gate, k, v, f = mixed_qkv.split(widths, dim=-1)
     keys, values, _ = gated_scan(f, k, v, None, cos, sin)
     return query if cos is None else apply_rope(query, cos, sin), gate, keys, values
 

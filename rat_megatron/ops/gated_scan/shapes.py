@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def mixed_qkv_widths(mixed_qkv: Tensor, query_width: int) -> list[int]:
-    """Of query, output gate, k, v and f in the last dimension of scan_mixed_qkv's input; raises ValueError if it is no such width."""
-    rest = mixed_qkv.shape[-1] - 2 * query_width
+def mixed_qkv_widths(mixed_qkv: Tensor, query_width: int, output_gate: bool = True) -> list[int]:
+    """Of query, output gate (0 without one), k, v and f in the last dimension of scan_mixed_qkv's input; ValueError for another width."""
+    gate_width = query_width if output_gate else 0
+    rest = mixed_qkv.shape[-1] - query_width - gate_width
     if query_width < 1 or rest <= 0 or rest % 3:
-        raise ValueError(f"a projection of width {mixed_qkv.shape[-1]} does not hold two of {query_width} and three alike")
-    return [query_width, query_width, *[rest // 3] * 3]
+        held = f"two of {query_width}" if output_gate else f"one of {query_width}"
+        raise ValueError(f"a projection of width {mixed_qkv.shape[-1]} does not hold {held} and three alike")
+    return [query_width, gate_width, *[rest // 3] * 3]
 
 
 def check_inputs(f: Tensor, k: Tensor, v: Tensor) -> None:

@@ -20,7 +20,6 @@ from rat_megatron.ops.gated_scan.kernels import (
     gated_scan_states,
     gated_scan_summary,
 )
-from rat_megatron.ops.gated_scan.shapes import mixed_qkv_widths
 from rat_megatron.ops.rope.triton import apply_rope
 
 _WIDTH, _STEPS = 8, 8  # rows of a chunk; steps that a row loads at once. More steps take far longer to compile.
@@ -43,11 +42,10 @@ def gated_scan(
 
 
 def scan_mixed_qkv(
-    mixed_qkv: Tensor, query_width: int, cos: Tensor | None = None, sin: Tensor | None = None
+    mixed_qkv: Tensor, widths: list[int], cos: Tensor | None = None, sin: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turned queries are a copy, so for the backward pass the states lie in their place in the projection: memory for nothing else."""
     _check_types(mixed_qkv)
-    widths = mixed_qkv_widths(mixed_qkv, query_width)
     if cos is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
     training = torch.is_grad_enabled() and mixed_qkv.requires_grad

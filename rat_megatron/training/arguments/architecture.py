@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 
 from rat_megatron.errors import UserError
-from rat_megatron.model.architecture import SPEC, other_values, unused_flags
+from rat_megatron.model.architecture import SPEC, YARN, other_values, unused_flags
 
 
 def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,25 @@ def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None
         raise UserError(f"{typed} is not part of a RAT+ layer: leave it out{instead}")
     for name, reason in unused_flags(args, groups, vars(parser.parse_args([]))):
         raise UserError(f"{flags[name]} {reason}" + ("" if ": " in reason else ": leave it out"))
+    _check_rotary(args, flags, parser)
     if args.transformer_impl not in ("local", "transformer_engine"):
         raise UserError(f"--transformer-impl {args.transformer_impl} cannot train: give transformer_engine or local")
     if args.spec not in (None, SPEC):
         raise UserError(
             f"--spec {' '.join(args.spec)} gives other layers than RAT+: leave it out, or train with Megatron's pretrain_gpt.py"
         )
+
+
+def _check_rotary(args: Namespace, flags: dict[str, str], parser: argparse.ArgumentParser) -> None:
+    """One way of scaling RoPE at a time, and no flag of another."""
+    yarn = args.position_embedding_type == "yarn"
+    scaled = [name for name in ("use_rope_scaling", "rotary_seq_len_interpolation_factor") if getattr(args, name)]
+    if len(scaled) + yarn > 1:
+        raise UserError(f"{flags[scaled[-1]]} cannot scale RoPE beside {'--position-embedding-type yarn' if yarn else flags[scaled[0]]}")
+    of_yarn = next((name for name in YARN if getattr(args, name) != parser.get_default(name)), None)
+    if of_yarn and not yarn:
+        raise UserError(f"{flags[of_yarn]} would change nothing without --position-embedding-type yarn: leave it out")
+    if yarn and args.rotary_scaling_factor < 1:
+        raise UserError(f"--rotary-scaling-factor {args.rotary_scaling_factor} would shorten the range of RoPE: give 1 or more")
+    if args.rat_qk_layernorm_over_heads and not args.qk_layernorm:
+        raise UserError("--rat-qk-layernorm-over-heads says how --qk-layernorm is computed: give that too")

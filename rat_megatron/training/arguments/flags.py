@@ -37,6 +37,17 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
     group.add_argument(
         "--no-rat-recurrence", action="store_false", dest="rat_recurrence", help="Train the plain-attention baseline: no recurrence."
     )
+    group.add_argument(
+        "--no-rat-output-gate",
+        action="store_false",
+        dest="attention_output_gate",
+        help="No gate for attention's output.",
+    )
+    group.add_argument(
+        "--rat-gate-bias", action="store_true", help="Forget and output gate have a bias, where --add-qkv-bias gives one to q, k and v too."
+    )
+    group.add_argument("--rat-qk-layernorm-over-heads", action="store_true", help="--qk-layernorm is over all heads at once, as in OLMo2.")
+    group.add_argument("--rat-norm-after", action="store_true", help="Norms stand behind attention and MLP, as in OLMo2, and not before.")
     group.add_argument("--rat-eval-patterns", nargs="+", help="Patterns whose validation loss is reported. Default: --rat-pattern.")
     group.add_argument(
         "--rat-data-cache-limit",

@@ -12,6 +12,7 @@ from rat_megatron.checkpoint.hashes import iterations
 from rat_megatron.checkpoint.torch_dist import ARCHITECTURE, find_iteration, read_checkpoint_args
 from rat_megatron.data.loader.order import order_difference
 from rat_megatron.errors import UserError
+from rat_megatron.model.architecture import OPTIONS, ROTARY
 from rat_megatron.training.arguments.layout import query_groups
 from rat_megatron.training.arguments.optimizer import check_same_optimizer
 from rat_megatron.training.arguments.schedule import Origin, check_batch_change, needs_no_override
@@ -44,6 +45,7 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
                 f"the checkpoint in {source} has {name} {there[name]}, this run asks for {value}: "
                 "give the flags of the checkpoint, or another folder"
             )
+    _check_rotary(stored, args, source, resumed is not None)
     if not resumed or args.finetune or args.skip_train:
         return
     if getattr(stored, "rat_averaged_iterations", None):
@@ -130,6 +132,16 @@ def _check_data_order(stored: Namespace, here: dict[str, Any], source: str, allo
         _say(f"--rat-allow-data-change: after {consumed} samples the data are others than in the checkpoint in {source} ({difference})")
 
 
+def _check_rotary(stored: Namespace, args: Namespace, source: str, resumed: bool) -> None:
+    """The angles of RoPE are the checkpoint's; a run that begins from its weights may have others, for longer sequences, and says so."""
+    there, here = ({name: getattr(of, name, default) for name, default in ROTARY.items()} for of in (stored, args))
+    changed = [f"{name} {there[name]} becomes {here[name]}" for name in ROTARY if there[name] != here[name]]
+    if changed and resumed:
+        raise UserError(f"the angles of RoPE are others than in the checkpoint in {source} ({', '.join(changed)}): give its flags")
+    if changed:
+        _say(f"the angles of RoPE are others than those that the weights in {source} were trained with: {', '.join(changed)}")
+
+
 def _say(line: str) -> None:
     """One line in the log, from the first rank."""
     if os.environ.get("RANK", "0") == "0":
@@ -138,11 +150,18 @@ def _say(line: str) -> None:
 
 def _architecture(args: Namespace) -> dict[str, Any]:
     """What must be the same for a checkpoint's weights to fit; widths that were not given are those that Megatron will fill in."""
-    return {name: getattr(args, name, None) for name in ARCHITECTURE} | {
-        "kv_channels": args.kv_channels or args.hidden_size // args.num_attention_heads,
-        "ffn_hidden_size": args.ffn_hidden_size or (int(8 * args.hidden_size / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size),
-        "num_query_groups": query_groups(args),
-    }
+    options = {name: getattr(args, name, default) for name, default in OPTIONS.items()}
+    if isinstance(every := options["no_rope_freq"], int):
+        options["no_rope_freq"] = ([0] * (every - 1) + [1]) * (args.num_layers // every)  # as Megatron's configuration
+    return (
+        {name: getattr(args, name, None) for name in ARCHITECTURE}
+        | options
+        | {
+            "kv_channels": args.kv_channels or args.hidden_size // args.num_attention_heads,
+            "ffn_hidden_size": args.ffn_hidden_size or (int(8 * args.hidden_size / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size),
+            "num_query_groups": query_groups(args),
+        }
+    )
 
 
 def _same(folder: str, other: str) -> bool:

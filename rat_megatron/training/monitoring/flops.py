@@ -19,7 +19,8 @@ def step_flops(args: Namespace, num_samples: int, pattern: str) -> int:
     query_width = args.kv_channels * args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     kv_width = args.kv_channels * groups
-    projections = 3 * query_width + (3 if args.rat_recurrence else 2) * kv_width  # q, output gate, out; k, v, forget gate
+    projections = (3 if args.attention_output_gate else 2) * query_width  # q, out, output gate
+    projections += (3 if args.rat_recurrence else 2) * kv_width  # k, v, forget gate
     mlp = (3 if args.swiglu else 2) * args.ffn_hidden_size
     per_token = args.num_layers * args.hidden_size * (projections + mlp) + args.hidden_size * args.padded_vocab_size
     attention = _attention_flops(pattern, args.seq_length, args.kv_channels, args.num_layers, args.num_attention_heads)
