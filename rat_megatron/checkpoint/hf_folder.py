@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rat_megatron import ratplus
 from rat_megatron.data.format import tokenizer_hash
@@ -48,10 +48,14 @@ class HfFolder:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.config = _read_config(path)
-        self.shapes = expected_shapes(self.config)
-        self._files = _find_weights(path)
+        self._open(path, _read_config(path))
+
+    def _open(self, path: Path, config: RatPlusConfig, made: Container[str] = ()) -> None:
+        """``made``: weights of the model that are not in the folder."""
+        self.path, self.config = path, config
+        self.shapes = expected_shapes(config)
+        self._stored = {name: shape for name, shape in self.shapes.items() if name not in made}
+        self._files = {name: file for name, file in find_weights(path).items() if not name.endswith(".rotary_emb.inv_freq")}  # of old
         self.dtypes = self._check_weights()
 
     def read(self, name: str, rows: slice | torch.Tensor = slice(None)) -> torch.Tensor:
@@ -67,9 +71,9 @@ class HfFolder:
             if not torch.equal(self.read(HEAD), self.read(EMBEDDING)):
                 raise UserError(f"{self.path} has its own {HEAD}, but its config.json says tie_word_embeddings: true; correct one of them")
             del self._files[HEAD]
-        if missing := sorted(self.shapes.keys() - self._files.keys()):
+        if missing := sorted(self._stored.keys() - self._files.keys()):
             raise UserError(f"{self.path} has no {missing[0]}, which its config.json asks for ({len(missing)} missing): copy it anew")
-        if unknown := sorted(self._files.keys() - self.shapes.keys()):
+        if unknown := sorted(self._files.keys() - self._stored.keys()):
             raise UserError(f"{self.path} holds {unknown[0]}, which the model of its config.json does not have: correct config.json")
         dtypes = {}
         for path in dict.fromkeys(self._files.values()):
@@ -120,13 +124,13 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_
     return len(files)
 
 
-def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None) -> None:
-    """Writes config, generation config, the model's code and the tokenizer, whose special ids fill those that the config lacks."""
+def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None, generation: dict[str, Any] | None = None) -> None:
+    """Writes config, generation config, the model's code and the tokenizer, whose special ids fill those that the config lacks.
+
+    ``generation``: generation_config.json of the model that this one was retrofitted from, which stays as it is.
+    """
     if tokenizer is not None:
-        try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer, **_TOKENIZER_SETTINGS)
-        except Exception as error:
-            raise UserError(f"{tokenizer} holds no tokenizer that Transformers can load: {one_line(error)}") from error
+        loaded = load_tokenizer(tokenizer, **_TOKENIZER_SETTINGS)
         if getattr(config, "tokenizer_hash", None) not in (None, tokenizer_hash(loaded)):
             raise UserError(
                 f"{tokenizer} is not the tokenizer that the training data was made with: give --tokenizer the folder of that one"
@@ -140,10 +144,17 @@ def write_configs(config: RatPlusConfig, folder: Path, tokenizer: Path | None) -
     config.architectures, config.auto_map = ["RatPlusForCausalLM"], dict(_AUTO_MAP)
     config.save_pretrained(folder)
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-    GenerationConfig(**ids).save_pretrained(folder)
+    GenerationConfig(**ids if generation is None else generation).save_pretrained(folder)
     for file in Path(ratplus.__file__).parent.glob("*.py"):
         if file.name != "__init__.py":
             shutil.copyfile(file, folder / file.name)
+
+
+def load_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, **settings)
+    except Exception as error:
+        raise UserError(f"{folder} holds no tokenizer that Transformers can load: {one_line(error)}") from error
 
 
 def parse_dtype(word: str | None, *choices: str) -> torch.dtype | None:
@@ -161,17 +172,22 @@ def parse_size(word: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _read_config(path: Path) -> RatPlusConfig:
+def read_config(path: Path) -> dict[str, Any]:
+    """What config.json says, whatever model it is of; raises UserError."""
     file = path / "config.json"
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give one that 'rat-megatron convert' or save_pretrained wrote")
     try:
-        values = json.loads(file.read_text())
-        model_type = values.get("model_type")
+        return dict(json.loads(file.read_text()))
     except FileNotFoundError:
         raise UserError(f"{path} has no config.json: give a folder that 'rat-megatron convert' or save_pretrained wrote") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged or cannot be read: {one_line(error)}") from error
+
+
+def _read_config(path: Path) -> RatPlusConfig:
+    file, values = path / "config.json", read_config(path)
+    model_type = values.get("model_type")
     if model_type != RatPlusConfig.model_type:
         raise UserError(f"{path} has model_type '{model_type}' in config.json: only '{RatPlusConfig.model_type}' is a RAT+ model")
     try:
@@ -181,7 +197,7 @@ def _read_config(path: Path) -> RatPlusConfig:
     return config
 
 
-def _find_weights(path: Path) -> dict[str, Path]:
+def find_weights(path: Path) -> dict[str, Path]:
     """The file of every stored weight, as the files themselves say; an index must agree with them."""
     if not (path / _INDEX).is_file():
         return dict.fromkeys(_names(path / _SINGLE), path / _SINGLE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from rat_megatron.cli.doctor import doctor
-from rat_megatron.convert import convert_average, convert_from_hf, convert_from_reference, convert_to_hf
+from rat_megatron.convert import convert_average, convert_from_hf, convert_from_reference, convert_retrofit, convert_to_hf
 from rat_megatron.data.prepare.pipeline import prepare
 from rat_megatron.errors import exit_2_on_bad_input
 from rat_megatron.evaluation.evaluate import evaluate
@@ -22,6 +22,7 @@ convert = typer.Typer(help="Convert checkpoints to and from other formats, and a
 convert.command("to-hf", epilog="Example: rat-megatron convert to-hf runs/rat-1.5b exported/rat-1.5b --pattern d16 --dtype bfloat16")(
     convert_to_hf
 )
+convert.command("retrofit", epilog="Example: rat-megatron convert retrofit models/SmolLM2-135M runs/smollm2")(convert_retrofit)
 convert.command("from-hf", epilog="Example: rat-megatron convert from-hf exported/rat-1.5b runs/rat-1.5b-again")(convert_from_hf)
 convert.command("from-reference", epilog="Example: rat-megatron convert from-reference rat-1.5b.pth exported/rat-1.5b --tokenizer llama-2")(
     convert_from_reference

@@ -6,10 +6,11 @@ is imported in the functions, so that --help is quick.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -51,6 +52,20 @@ class ConvertedFolder:
 
 
 @dataclass(frozen=True)
+class OriginalFolder:
+    """A folder of another family's model that was written, and what its check found."""
+
+    output: Path
+    source: str
+    family: str
+    shards: int
+    check: Check
+
+    def __str__(self) -> str:
+        return f"{self.output}: {self.source} without memory, a {self.family} model, {self.shards} file(s)\n{self.check}"
+
+
+@dataclass(frozen=True)
 class ConvertedCheckpoint:
     """A checkpoint that was written, and what its check found."""
 
@@ -61,6 +76,24 @@ class ConvertedCheckpoint:
 
     def __str__(self) -> str:
         return f"{self.output}: {_RELEASE}, {self.dtype}, pattern {self.pattern}, for --pretrained-checkpoint\n{self.check}"
+
+
+@dataclass(frozen=True)
+class RetrofittedCheckpoint:
+    """A checkpoint that was written of another family's model, what its check found without memory, and what memory adds to logits."""
+
+    output: Path
+    family: str
+    dtype: str
+    memory: float
+    check: Check
+    difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.output}: {_RELEASE}, {self.dtype}, from {self.family}, for --pretrained-checkpoint\n"
+            f"{self.check} without memory, and by {self.difference:.2g} with gates of {self.memory:g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,8 +119,11 @@ def convert_to_hf(
     pattern: Annotated[str | None, Option(help="Attention pattern, such as d16w256s4. Default: the one trained with.")] = None,
     dtype: Dtype = None,
     tokenizer: Annotated[Path | None, Option(help="Tokenizer folder to include. Default: that of the training data.")] = None,
+    without_memory: Annotated[
+        bool, Option("--without-memory", help="Write the model of the family that this one was retrofitted from, without recurrence.")
+    ] = False,
     max_shard_size: ShardSize = "5GB",
-) -> ConvertedFolder:
+) -> ConvertedFolder | OriginalFolder:
     """Write a Megatron checkpoint as a Hugging Face folder that loads with trust_remote_code=True, without this package.\f
 
     Memory peaks at one file of ``max_shard_size`` while writing and at one layer in fp32 in the check that follows.
@@ -106,9 +142,12 @@ def convert_to_hf(
     args = source.args()
     weights = MegatronWeights(source, config_from_args(args, source.folder, pattern))
     tokenizer = tokenizer or tokenizer_of_the_data(args)
+    origin = getattr(args, "rat_origin", None)
+    if without_memory:
+        return _write_original(weights, origin, source.folder, output, wanted, shard_bytes, tokenizer)
     logits = partial(megatron_logits, source)
     recipe, losses = recipe_of(args), measured_losses(source.folder, args)
-    return _write_hf(weights, logits, source.folder, output, wanted, shard_bytes, tokenizer, recipe, losses)
+    return _write_hf(weights, logits, source.folder, output, wanted, shard_bytes, tokenizer, recipe, losses, origin)
 
 
 def convert_from_hf(
@@ -128,10 +167,7 @@ def convert_from_hf(
 
     check_output(output)
     source = HfFolder(folder)
-    dtypes = set(source.dtypes.values())
-    if len(dtypes) > 1:
-        raise UserError(f"{folder} mixes {' and '.join(sorted(map(_word, dtypes)))}: save the model in one dtype")
-    config, (dtype,) = source.config, dtypes
+    config, dtype = source.config, _one_dtype(source.dtypes.values(), folder)
     with atomic_folder(output) as written:
         write_megatron_weights(source, dtype, args_from_config(config, dtype, folder), written / _RELEASE)
         (written / TRACKER_NAME).write_text(_RELEASE)
@@ -139,6 +175,44 @@ def convert_from_hf(
         MegatronWeights(checkpoint, config)  # it holds the model's weights and no others
         check = check_conversion(partial(megatron_logits, checkpoint), source, str(folder))
     return ConvertedCheckpoint(output=output, pattern=config.attention_pattern, dtype=_word(dtype), check=check)
+
+
+def convert_retrofit(
+    model: Annotated[Path, Argument(help="Hugging Face folder of a Llama, Mistral, Qwen2.5, Qwen3, OLMo2 or SmolLM model.")],
+    output: Output,
+    *,
+    memory: Annotated[float, Option(help="The gates of the recurrence at first: 0 is none, and learns nothing.")] = 0.01,
+    output_gate: Annotated[bool, Option("--output-gate", help="Give attention an output gate too, open at first.")] = False,
+) -> RetrofittedCheckpoint:
+    """Write a model of another family as a Megatron checkpoint of a RAT+ model; train on with --pretrained-checkpoint OUTPUT.\f
+
+    Its logits are the original's, but for what ``memory`` adds. Peak memory is one layer in fp32, in the checks at the end.
+    """
+    from rat_megatron.checkpoint.torch_dist import TRACKER_NAME, TorchDistCheckpoint
+    from rat_megatron.convert.check import check_conversion, fixed_prompt
+    from rat_megatron.convert.megatron_args import args_from_config
+    from rat_megatron.convert.megatron_model import megatron_logits
+    from rat_megatron.convert.megatron_weights import write_megatron_weights
+    from rat_megatron.convert.retrofit import RetrofittedFolder, origin_of, original_logits
+
+    check_output(output)
+    if not 0 <= memory < 1:
+        raise UserError(f"--memory {memory} is no gate: give 0 or more, and less than 1")
+    source = RetrofittedFolder(model, memory, output_gate)
+    dtype = _one_dtype(source.dtypes.values(), model)
+    args = args_from_config(source.config, dtype, model)
+    args.rat_origin = origin_of(source)
+    without = RetrofittedFolder(model, 0.0, output_gate)
+    (original,) = original_logits(model, fixed_prompt(source.config), [None])
+    check = check_conversion(lambda *_: [original], without, str(model))
+    with atomic_folder(output) as written:
+        write_megatron_weights(source, dtype, args, written / _RELEASE)
+        (written / TRACKER_NAME).write_text(_RELEASE)
+        checkpoint = TorchDistCheckpoint(written / _RELEASE)
+        check_conversion(partial(megatron_logits, checkpoint), source, str(model))
+        (remembering,) = megatron_logits(checkpoint, fixed_prompt(source.config), [None])
+    difference = (remembering[:, : original.shape[1]] - original).abs().max().item()
+    return RetrofittedCheckpoint(output, source.family.title, _word(dtype), memory, check, difference)
 
 
 def convert_from_reference(
@@ -188,6 +262,13 @@ def convert_average(
     return AveragedCheckpoint(output=output, iterations=average.iterations, dtype=" and ".join(sorted(map(_word, average.dtypes))))
 
 
+def _one_dtype(found: Iterable[torch.dtype], folder: Path) -> torch.dtype:
+    dtypes = set(found)
+    if len(dtypes) > 1:
+        raise UserError(f"{folder} mixes {' and '.join(sorted(map(_word, dtypes)))}: save the model in one dtype")
+    return dtypes.pop()
+
+
 def _check_options(output: Path, dtype: str | None, tokenizer: Path | None, max_shard_size: str) -> tuple[torch.dtype | None, int]:
     """The wanted dtype and the bytes of a file."""
     from rat_megatron.checkpoint.hf_folder import parse_dtype, parse_size
@@ -209,6 +290,7 @@ def _write_hf(
     tokenizer: Path | None,
     recipe: dict[str, str],
     losses: dict[str, float],
+    origin: dict[str, Any] | None = None,
 ) -> ConvertedFolder:
     """Writes weights as a Hugging Face folder and compares it with ``logits``; recipe and losses are for the model card."""
     from rat_megatron.checkpoint.hf_folder import HfFolder, write_configs, write_shards
@@ -219,7 +301,7 @@ def _write_hf(
     config.dtype = dtype or max(weights.dtypes, key=lambda stored: stored.itemsize)
     with atomic_folder(output) as folder:
         shards = write_shards(weights.hf_weights(dtype), folder, shard_bytes)
-        write_configs(config, folder, tokenizer)
+        write_configs(config, folder, tokenizer, origin and origin["generation_config"])
         write_model_card(folder, config, recipe, losses)
         check = check_conversion(logits, HfFolder(folder), str(source), None if weights.dtypes == {dtype} else dtype)
     return ConvertedFolder(
@@ -231,6 +313,29 @@ def _write_hf(
         tokenizer=tokenizer,
         check=check,
     )
+
+
+def _write_original(
+    weights: MegatronWeights,
+    origin: dict[str, Any] | None,
+    source: Path,
+    output: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    tokenizer: Path | None,
+) -> OriginalFolder:
+    """Writes the model of the family that it was retrofitted from, of all weights but the gates'."""
+    from rat_megatron.checkpoint.hf_folder import write_shards
+    from rat_megatron.convert.check import check_conversion
+    from rat_megatron.convert.retrofit import RetrofittedFolder, original_logits, original_weights, write_original_configs
+
+    if origin is None:
+        raise UserError(f"--without-memory: {source} was not made by 'rat-megatron convert retrofit', so that it has no other family")
+    with atomic_folder(output) as folder:
+        write_original_configs(origin, weights.config, dtype or max(weights.dtypes, key=lambda stored: stored.itemsize), folder, tokenizer)
+        shards = write_shards(original_weights(weights, dtype), folder, shard_bytes)
+        check = check_conversion(partial(original_logits, folder), RetrofittedFolder(folder, 0.0, output_gate=False), str(folder))
+    return OriginalFolder(output, source.name, origin["family"], shards, check)
 
 
 def _word(dtype: torch.dtype) -> str:

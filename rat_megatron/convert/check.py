@@ -67,7 +67,7 @@ def check_conversion(logits_of_source: Logits, folder: HfFolder, source: str, dt
     Raises UserError when the logits are not finite, or differ by more than rounding in fp32 explains.
     """
     config = folder.config
-    tokens = (torch.arange(min(_PROMPT_LENGTH, config.max_position_embeddings)) * 7919 + 1) % config.vocab_size
+    tokens = fixed_prompt(config)
     padded = logits_of_source(tokens, [None] if dtype is None else [None, dtype])
     expected = [logits[:, : config.vocab_size] for logits in padded]
     if not all(logits.isfinite().all() for logits in expected):
@@ -87,6 +87,11 @@ def check_conversion(logits_of_source: Logits, folder: HfFolder, source: str, dt
         difference=differences[-1],
         rounding=None if dtype is None else differences[0],
     )
+
+
+def fixed_prompt(config: RatPlusConfig) -> Tensor:
+    """Tokens [t] from all over the vocabulary."""
+    return (torch.arange(min(_PROMPT_LENGTH, config.max_position_embeddings)) * 7919 + 1) % config.vocab_size
 
 
 def plain_logits(weights: PlainWeights, config: RatPlusConfig, tokens: Tensor, dtypes: list[torch.dtype | None]) -> list[Tensor]:
@@ -157,6 +162,7 @@ def _hf_logits(folder: HfFolder, tokens: Tensor) -> Tensor:
         for name in names:  # one by one: each takes the place of the last layer's
             weight = folder.read(f"model.layers.{layer}.{name}").float()
             model.layers[0].load_state_dict({name: weight}, strict=False, assign=True)
+        model.layers[0].self_attn.has_rope = layer not in config.layers_without_rope
         x = model(inputs_embeds=x, use_cache=False).last_hidden_state
     final_norm.load_state_dict({"weight": folder.read("model.norm.weight").float()}, assign=True)
     x = final_norm(x[0])

@@ -39,7 +39,7 @@ def config_from_args(args: Namespace, source: Path, pattern: str | None) -> RatP
             rope_theta=float(args.rotary_base),
             max_position_embeddings=args.max_position_embeddings or args.seq_length,
             use_recurrence=args.rat_recurrence,
-            use_output_gate=args.attention_output_gate,
+            use_output_gate=_of(args, "attention_output_gate", True),
             attention_bias=_of(args, "add_qkv_bias", False),
             gate_bias=_of(args, "rat_gate_bias", False) or _of(args, "add_qkv_bias", False),
             qk_norm=_qk_norm(args),

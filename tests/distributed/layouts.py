@@ -17,11 +17,11 @@ from benchmarks.megatron_runs import run_program
 from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint, find_iteration
 from rat_megatron.training.patches import Patch, applied
 
-MODEL = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --make-vocab-size-divisible-by 1 --seq-length 512 "
-    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --log-interval 100 "
-    "--eval-iters 1 --eval-interval 100 --num-workers 0 --save-interval 1000 --dist-ckpt-strictness raise_all --seed 7 "
-    "--distributed-timeout-minutes 3"
+MODEL = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64".split()
+RECIPE = (
+    "--make-vocab-size-divisible-by 1 --seq-length 512 --micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style "
+    "cosine --weight-decay 0.1 --adam-beta2 0.95 --log-interval 100 --eval-iters 1 --eval-interval 100 --num-workers 0 "
+    "--save-interval 1000 --dist-ckpt-strictness raise_all --seed 7 --distributed-timeout-minutes 3"
 ).split()
 
 
@@ -34,9 +34,9 @@ class Run:
     gradients: Path
 
 
-def train(folder: Path, *flags: str | Path, alone: bool = False) -> Run:
+def train(folder: Path, *flags: str | Path, alone: bool = False, model: list[str] = MODEL) -> Run:
     """Trains under the flags' layout, on all ranks or (``alone``) on the first one by itself, in ``folder``."""
-    flags = [*MODEL, *map(str, flags), "--save", str(folder / "checkpoints")]
+    flags = [*model, *RECIPE, *map(str, flags), "--save", str(folder / "checkpoints")]
     losses: list[dict[str, float]] = []
     first_rank = torch.distributed.get_rank() == 0
     with _single_rank() if alone else nullcontext():

@@ -9,13 +9,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from rat_megatron.hf import RatPlusConfig, RatPlusForCausalLM, RatPlusModel
+from rat_megatron.hf import RatPlusCache, RatPlusConfig, RatPlusForCausalLM, RatPlusModel
 from rat_megatron.ratplus.attention_ratplus import block_summary, choose_blocks, gated_scan
 from rat_megatron.ratplus.pattern import AttentionPattern, HeadPattern
+from rat_megatron.ratplus.rotary_ratplus import rotary_tables
 from tests import reference
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 LAYERS, HEADS, VOCAB = 2, 4, 61
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 POSITIONAL = ["dense", "d4", "d16", "d16w8s4", "w8s2", "w0", "[dense,d4w2]", "{dense*2,d4,w2s1}", "[{d3,w5,d8s2,dense},d5w1]"]
 VARIANTS = [
     pytest.param({}, id="tied"),
@@ -23,6 +27,12 @@ VARIANTS = [
     pytest.param({"num_key_value_heads": 1, "head_dim": 6}, id="one-key-head"),
     pytest.param({"use_recurrence": False}, id="baseline"),
     pytest.param({"hidden_act": "silu", "intermediate_size": 40}, id="swiglu"),
+    pytest.param({"attention_bias": True, "use_output_gate": False, "num_key_value_heads": 2}, id="biases, no output gate"),
+    pytest.param({"qk_norm": "head", "gate_bias": True, "num_key_value_heads": 2, "rope_theta": 1e6}, id="qk-norm, biased gates"),
+    pytest.param({"qk_norm": "layer", "norm_position": "after", "use_output_gate": False, "num_key_value_heads": 2}, id="norms after"),
+    pytest.param({"rotary_percent": 0.75, "layers_without_rope": [1], "qk_norm": "head", "num_key_value_heads": 2}, id="partial rope"),
+    pytest.param({"rotary_scaling": {"rope_type": "linear", "factor": 2.5}}, id="linear"),
+    pytest.param({"rotary_scaling": LLAMA3, "rope_theta": 500000.0}, id="llama3"),
 ]
 
 
@@ -39,8 +49,16 @@ def expected_logits(model, tokens, visible=None):
     weights = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight")
-    visible = visible or visible_by_definition(model.config.attention_pattern)
-    return reference.model(weights, tokens, HEADS, model.config.num_key_value_heads, visible)
+    config, stretch = model.config, {"linear": lambda f: f / 2.5, "llama3": lambda f: reference.llama3(f, original=32)}
+    kind = (config.rotary_scaling or {}).get("rope_type")
+
+    def turn(x, layer):
+        if layer in config.layers_without_rope:
+            return x
+        return reference.rotary(x, config.rope_theta, config.rotary_percent, stretch.get(kind, lambda f: f))
+
+    visible = visible or visible_by_definition(config.attention_pattern)
+    return reference.model(weights, tokens, HEADS, config.num_key_value_heads, visible, turn)
 
 
 def visible_by_definition(word):
@@ -74,6 +92,63 @@ def test_every_variant_matches_the_definition(pattern, variant):
     expected = expected_logits(model, tokens)
     assert relative_error(model(tokens).logits, expected) < 1e-10
     assert (model.float()(tokens).logits - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS[5:])
+@pytest.mark.parametrize("pattern", ["dense", "d4"])
+def test_every_variant_goes_on_from_its_cache(pattern, variant):
+    """Token by token, after a prompt, and after going back, where a state is taken from an entry of the cache."""
+    model, tokens = tiny_model(pattern, **variant), torch.randint(VOCAB, (2, 23))
+    expected, cache = model(tokens).logits, RatPlusCache()
+    parts = [model(tokens[:, :9], past_key_values=cache).logits]
+    parts += [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(9, 14)]
+    cache.crop(12)
+    parts = [torch.cat(parts, dim=1)[:, :12], model(tokens[:, 12:], past_key_values=cache).logits]
+    assert relative_error(torch.cat(parts, dim=1), expected) < 1e-10
+
+
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "linear", "factor": 4.0}, LLAMA3,
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "mscale": 0.8, "mscale_all_dim": 0.4},
+])  # fmt: skip
+def test_scaled_angles_are_those_of_transformers(scaling):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = RatPlusConfig(hidden_size=512, num_attention_heads=8, rope_theta=500000.0, rotary_scaling=scaling)
+    theirs = LlamaConfig(hidden_size=512, num_attention_heads=8, max_position_embeddings=config.max_position_embeddings)
+    of_rope = {**scaling, "rope_theta": 500000.0}
+    theirs.rope_theta, theirs.rope_scaling = 500000.0, of_rope
+    if hasattr(theirs, "rope_parameters"):  # Transformers 5
+        theirs.rope_parameters = of_rope
+    frequency, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, torch.device("cpu"))
+    positions = torch.randint(100_000, (3, 50))
+    angle = positions[:, None, :, None] * frequency.double()
+    cos, sin = rotary_tables(positions, config, torch.float64)
+    # Transformers' frequencies are fp32: of the angles, which reach 1e5, that many digits are theirs.
+    torch.testing.assert_close(cos, angle.cos() * factor, rtol=0, atol=2e-2)
+    torch.testing.assert_close(cos[:, :, :, -8:], angle[..., -8:].cos() * factor, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, factor**2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rotary_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope': linear, llama3, yarn are supported"),
+        ({"rotary_scaling": {"rope_type": "yarn", "factor": 2.0}}, "has no number for original_max_position_embeddings"),
+        ({"qk_norm": "both"}, "qk_norm is 'head', 'layer' or None"),
+        ({"norm_position": "around"}, "norm_position is 'before' or 'after'"),
+        ({"layers_without_rope": [2]}, "not all among 2 layers"),
+        ({"rotary_percent": 0.5}, "turns channels in pairs"),
+        ({"rotary_percent": 0.0}, "turns channels in pairs"),
+    ],
+)
+def test_options_that_cannot_be_have_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RatPlusConfig(hidden_size=40, num_attention_heads=4, num_hidden_layers=2, **changes)
 
 
 @torch.no_grad()

@@ -230,7 +230,7 @@ def test_generate_under_autocast(pattern):
 
 def test_rotary_turns_bf16_in_fp32_and_rounds_once():
     positions = torch.randint(0, 100_000, (2, 50))
-    cos, sin = rotary_tables(positions, 64, 10000.0, torch.bfloat16)
+    cos, sin = rotary_tables(positions, RatPlusConfig(hidden_size=128, num_attention_heads=2), torch.bfloat16)
     x = torch.randn(2, 4, 50, 64).bfloat16()
     assert cos.dtype == torch.float32
     assert torch.equal(apply_rotary(x, cos, sin), apply_rotary(x.float(), cos, sin).bfloat16())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import Namespace
+from typing import Any
 
 from rat_megatron.errors import UserError
 from rat_megatron.model.architecture import SPEC, YARN, other_values, unused_flags
@@ -23,9 +24,10 @@ def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None
         if right is not None and not isinstance(right, bool):
             typed, instead = f"{typed} {value}", f", or give {right}"
         raise UserError(f"{typed} is not part of a RAT+ layer: leave it out{instead}")
-    for name, reason in unused_flags(args, groups, vars(parser.parse_args([]))):
+    defaults = vars(parser.parse_args([]))
+    for name, reason in unused_flags(args, groups, defaults):
         raise UserError(f"{flags[name]} {reason}" + ("" if ": " in reason else ": leave it out"))
-    _check_rotary(args, flags, parser)
+    _check_rotary(args, flags, defaults)
     if args.transformer_impl not in ("local", "transformer_engine"):
         raise UserError(f"--transformer-impl {args.transformer_impl} cannot train: give transformer_engine or local")
     if args.spec not in (None, SPEC):
@@ -34,13 +36,13 @@ def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None
         )
 
 
-def _check_rotary(args: Namespace, flags: dict[str, str], parser: argparse.ArgumentParser) -> None:
+def _check_rotary(args: Namespace, flags: dict[str, str], defaults: dict[str, Any]) -> None:
     """One way of scaling RoPE at a time, and no flag of another."""
     yarn = args.position_embedding_type == "yarn"
     scaled = [name for name in ("use_rope_scaling", "rotary_seq_len_interpolation_factor") if getattr(args, name)]
     if len(scaled) + yarn > 1:
         raise UserError(f"{flags[scaled[-1]]} cannot scale RoPE beside {'--position-embedding-type yarn' if yarn else flags[scaled[0]]}")
-    of_yarn = next((name for name in YARN if getattr(args, name) != parser.get_default(name)), None)
+    of_yarn = next((name for name in YARN if getattr(args, name) != defaults[name]), None)
     if of_yarn and not yarn:
         raise UserError(f"{flags[of_yarn]} would change nothing without --position-embedding-type yarn: leave it out")
     if yarn and args.rotary_scaling_factor < 1:

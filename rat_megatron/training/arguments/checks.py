@@ -38,7 +38,7 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     check_ranks(args)
     derived |= {
         "load": args.load or args.save,
-        "max_position_embeddings": args.max_position_embeddings or args.seq_length,
+        "max_position_embeddings": _positions(args),
         "fp8_dot_product_attention": args.fp8_dot_product_attention or args.fp8_multi_head_attention,
     }
     derived["rat_spikes"] = None  # what --rat-skip-spikes compares with: resume.py takes it from a checkpoint
@@ -57,6 +57,12 @@ def check_and_derive(args: Namespace) -> dict[str, Any]:
     return derived
 
 
+def _positions(args: Namespace) -> int:
+    """Those of the checkpoint that the architecture is from grow where sequences are longer."""
+    grows = args.rat_architecture_from and not given("--max-position-embeddings")
+    return max(args.max_position_embeddings or 0, args.seq_length) if grows else args.max_position_embeddings or args.seq_length
+
+
 _COUNTS = (
     *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "global_batch_size"),
     *("train_iters", "train_samples", "save_interval", "save_retain_interval"),
@@ -66,7 +72,7 @@ _COUNTS = (
 def _check_complete(args: Namespace) -> None:
     for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"):
         if getattr(args, flag) is None and not (flag == "train_iters" and args.train_samples):
-            raise UserError(f"--{flag.replace('_', '-')} is missing: give it, or a --rat-preset ({', '.join(presets.PRETRAIN)})")
+            raise UserError(f"--{flag.replace('_', '-')} is missing: give it, or a --rat-preset ({', '.join(presets.SIZES)})")
     for flag in _COUNTS:
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0")

@@ -29,7 +29,7 @@ def check_data(args: Namespace) -> dict[str, Any]:
     _check_flags(args)
     words = args.data_path or args.train_data_path
     streams, validation = parse_data_path(words), parse_data_path(args.valid_data_path or words)
-    vocab_size = args.vocab_size if given("--vocab-size") else None
+    vocab_size = args.vocab_size if given("--vocab-size") or args.rat_architecture_from else None
     limits = {"seq_length": args.seq_length, "vocab_size": vocab_size, "cache": args.data_cache_path}
     meta = check_streams(streams, **limits, cache_limit=args.rat_data_cache_limit, validation=validation)
     valid_meta = check_streams(validation, **limits) if args.valid_data_path else meta

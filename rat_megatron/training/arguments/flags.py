@@ -13,6 +13,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from rat_megatron.errors import UserError
 from rat_megatron.training.arguments import presets
 from rat_megatron.training.arguments.fp8 import add_fp8_args
+from rat_megatron.training.arguments.pretrained import architecture_of
 
 _INTERVALS: dict[str, Any] = {"eval_interval": 1000, "save_interval": 1000}  # Megatron has none, and fails without
 _CHECKPOINTING: dict[str, Any] = {
@@ -59,7 +60,12 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
         action="store_true",
         help="Resume also where --data-path, --seed or the blend give other samples than the checkpoint's run had before it.",
     )
-    group.add_argument("--rat-preset", choices=list(presets.PRETRAIN), help="Fills every flag that is not given with the paper's recipe.")
+    group.add_argument(
+        "--rat-preset",
+        choices=[*presets.PRETRAIN, *presets.RETROFIT],
+        help="Fills every flag that is not given with the paper's recipe for a model of this size, or with one for a retrofitted model, "
+        "whose size is that of --pretrained-checkpoint.",
+    )
     group.add_argument(
         "--rat-hang-timeout-in-mins",
         type=float,
@@ -83,9 +89,11 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
 
     parser.error = _refuse  # type: ignore[method-assign, assignment]
     parser.set_defaults(**presets.MODEL, **_INTERVALS, **_CHECKPOINTING, **_DATA, **_platform_defaults())
-    if preset := given("--rat-preset"):
-        parser.set_defaults(**_recipe(preset))
-    parser.set_defaults(**(derived or {}))
+    recipe = _recipe(preset) if (preset := given("--rat-preset")) else {}
+    parser.set_defaults(rat_architecture_from=None)
+    if (source := given("--pretrained-checkpoint")) and not given("--num-layers") and "num_layers" not in recipe:
+        parser.set_defaults(**architecture_of(source, given("--ckpt-step")))
+    parser.set_defaults(**recipe | (derived or {}))
     _let_help_print(parser)
     return parser
 
@@ -93,7 +101,7 @@ def add_rat_args(parser: argparse.ArgumentParser, derived: dict[str, Any] | None
 def _recipe(preset: str) -> dict[str, Any]:
     """A preset's values, but for those that would stand against what was typed: Megatron takes a schedule in iterations or in samples, and
     a warmup as one of these or a fraction."""
-    recipe = dict((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN).get(preset, {}))
+    recipe = dict(((presets.ADAPT if given("--pretrained-checkpoint") else presets.PRETRAIN) | presets.RETROFIT).get(preset, {}))
     if not recipe:  # the parser will say so
         return recipe
     style = given("--lr-decay-style")

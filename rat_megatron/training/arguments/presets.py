@@ -96,6 +96,24 @@ PRETRAIN: dict[str, dict[str, Any]] = {
     "7.6b": _7_6B | {"global_batch_size": 768, "lr": 6e-4, "train_iters": 34968, "eval_iters": 166},
 }
 
+SIZES = tuple(PRETRAIN)
+"""Presets that say how large the model is."""
+
+
+def _retrofit(micro_batch_size: int, lr: float) -> dict[str, Any]:
+    """Continued pretraining on 10B tokens. As long as in arXiv 2605.28640; the rest is our choice, as that recipe is not published."""
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size", "max_position_embeddings")
+    recipe = {name: value for name, value in _large(0, 0, 0, micro_batch_size).items() if name not in sizes}
+    return recipe | {"global_batch_size": 256, "lr": lr, "lr_warmup_fraction": 0.02, "train_iters": 9537, "rat_arl_pattern": "d64"}
+
+
+# After rat-megatron convert retrofit, whose checkpoint has the model's sizes; a tenth to a third of the rates that such models begin with.
+RETROFIT: dict[str, dict[str, Any]] = {
+    "retrofit-135m": _retrofit(16, 3e-4),
+    "retrofit-1b": _retrofit(4, 1e-4),
+    "retrofit-8b": _retrofit(1, 3e-5),
+}
+
 _NO_WARMUP = {"lr_warmup_fraction": 0.0}
 ADAPT: dict[str, dict[str, Any]] = {
     "tiny": _TINY | _NO_WARMUP | {"lr": 1e-3, "train_iters": 25},

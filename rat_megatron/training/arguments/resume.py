@@ -24,7 +24,7 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
     Adds what follows: ``rat_resumed``, the iteration and the samples consumed where the run resumes, ``rat_branch``, what a run that writes
     to another folder resumes from, and which checkpoint and which schedule Megatron is to take.
     """
-    derived |= {"ckpt_step": args.ckpt_step, "rat_resumed": None, "rat_branch": _branch(args)}
+    derived |= {"ckpt_step": args.ckpt_step, "rat_resumed": None, "rat_branch": _branch(args), "rat_origin": None}
     if _holds_this_branch(args):
         derived |= {"load": args.save, "ckpt_step": None}
         args = Namespace(**vars(args) | {"load": args.save, "ckpt_step": None})
@@ -38,6 +38,7 @@ def check_checkpoints(args: Namespace, derived: dict[str, Any]) -> None:
     if resumed and args.pretrained_checkpoint and args.ckpt_step:
         derived["ckpt_step"] = None  # it names an iteration of the pretrained checkpoint, which this run has left behind
     stored = read_checkpoint_args(Path(source), derived["ckpt_step"])
+    derived["rat_origin"] = getattr(stored, "rat_origin", None)  # the model of another family that it was once
     there, here = _architecture(stored), _architecture(Namespace(**vars(args) | derived))
     for name, value in here.items():
         if there[name] != value:
