@@ -178,7 +178,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give one that 'rat-megatron convert' or save_pretrained wrote")
     try:
-        return dict(json.loads(file.read_text()))
+        if not isinstance(values := json.loads(file.read_text()), dict):
+            raise TypeError("it holds no object")
+        return values
     except FileNotFoundError:
         raise UserError(f"{path} has no config.json: give a folder that 'rat-megatron convert' or save_pretrained wrote") from None
     except (OSError, ValueError, TypeError) as error:

@@ -62,7 +62,7 @@ def get_rat_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def _norms_of_queries_and_keys(config: TransformerConfig) -> tuple[Callable | None, Callable | None]:
-    if not config.qk_layernorm:
+    if not getattr(config, "qk_layernorm", False):
         return None, None
     if getattr(config, "rat_qk_layernorm_over_heads", False):
         return partial(RMSNormOverHeads, heads=config.num_attention_heads), partial(RMSNormOverHeads, heads=config.num_query_groups)

@@ -84,7 +84,7 @@ def expected(megatron_process, tokens):
         for layer in range(LAYERS if row.per_layer else 1):
             if found := row.find(named, layer):
                 tensor = named[found[0]].detach().cpu()
-                parts = split_fused_qkv(tensor, HEADS, GROUPS, DIM, recurrence=True) if row is FUSED_QKV else [tensor]
+                parts = list(split_fused_qkv(tensor, HEADS, GROUPS, DIM, recurrence=True).values()) if row is FUSED_QKV else [tensor]
                 weights |= {name.format(layer=layer): part for name, part in zip(row.hf[-len(parts) :], parts, strict=True)}
     return reference_model(weights, tokens.cpu(), HEADS, GROUPS, lambda layer, head, t, j: j <= t)
 

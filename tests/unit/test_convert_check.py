@@ -24,17 +24,11 @@ def checkpoint_of(folder, weights=None, dtype=torch.float32, **changes):
 
 
 OTHERS = {
-    "rotary_seq_len_interpolation_factor": 4,
-    "rotary_percent": 0.34,  # 2 of the 6 channels of a head
     "rotary_interleaved": True,
-    "use_rope_scaling": True,
-    "position_embedding_type": "none",
     "normalization": "LayerNorm",
     "layernorm_zero_centered_gamma": True,
     "squared_relu": True,
     "add_bias_linear": True,
-    "add_qkv_bias": True,
-    "attention_output_gate": False,
     "softmax_type": "off-by-one",
     "apply_query_key_layer_scaling": True,
     "use_mup": True,
@@ -51,22 +45,22 @@ def test_a_setting_that_no_table_refuses_is_noticed(tmp_path, monkeypatch, name)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_setting_of_single_layers_is_noticed(tmp_path, monkeypatch):
-    """The one layer that is built is each layer in turn: here the second has no RoPE. The recurrence's scan has it in any case."""
-    monkeypatch.delitem(FIXED, "no_rope_freq")
-    tensors = megatron_tensors(random_weights(recurrence=False))
-    write_checkpoint(tmp_path / "run", tensors, stored_args(rat_recurrence=False, no_rope_freq=[0, 1]))
-    with pytest.raises(UserError, match="the converted weights give other logits than"):
-        convert_to_hf(tmp_path / "run", tmp_path / "hf")
+CHANGED = {
+    "rope_theta": 500.0,
+    "rms_norm_eps": 1e-2,
+    "rotary_percent": 0.34,  # 2 of the 6 channels of a head
+    "rotary_scaling": {"rope_type": "linear", "factor": 4.0},
+    "layers_without_rope": [1],  # the one layer that is built is each layer in turn
+}
 
 
-@pytest.mark.parametrize("setting", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize("setting", CHANGED)
 def test_a_config_that_says_something_else_than_the_arguments_is_noticed(tmp_path, monkeypatch, setting):
     right = megatron_args.config_from_args
 
     def wrong(*args):
         config = right(*args)
-        setattr(config, setting, {"rope_theta": 500.0, "rms_norm_eps": 1e-2}[setting])
+        setattr(config, setting, CHANGED[setting])
         return config
 
     checkpoint = checkpoint_of(tmp_path)

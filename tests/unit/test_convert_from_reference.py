@@ -191,7 +191,7 @@ def test_wrong_files_and_options_are_explained(tmp_path):
     complains("float16 is not one of", dtype="float16")
     complains("no multiple of 128: give --num-attention-heads", num_attention_heads=None)
     complains("--num-attention-heads 5 does not divide", num_attention_heads=5)
-    complains("head_dim 3 is odd", num_attention_heads=8)
+    complains("head_dim 3 .* turns channels in pairs", num_attention_heads=8)
     complains("unknown attention pattern 'd4x'", pattern="d4x")
     complains("--tokenizer .* is not a folder", tokenizer=tmp_path / "nowhere")
     complains("--max-shard-size big is no size", max_shard_size="big")

@@ -78,15 +78,15 @@ def test_fusing_is_the_inverse_of_splitting(recurrence):
     weight = torch.randn(rows, HIDDEN)
     parts = split_fused_qkv(weight, HEADS, GROUPS, HN, recurrence)
     assert len(parts) == len(FUSED_QKV.hf) - (not recurrence)
-    assert torch.equal(fuse_qkv(parts, GROUPS), weight)
+    assert torch.equal(fuse_qkv(list(parts.values()), GROUPS), weight)
 
 
 def test_check_notices_rows_in_the_wrong_order(tmp_path, checkpoint, monkeypatch):
     """The check does not use what the conversion uses: heads that go to the wrong place are found, and nothing is written."""
 
     def wrong(*args, **kwargs):
-        q, gate, *others = split_fused_qkv(*args, **kwargs)
-        return [q.roll(HN, dims=0), gate, *others]
+        parts = split_fused_qkv(*args, **kwargs)
+        return parts | {"q": parts["q"].roll(HN, dims=0)}
 
     monkeypatch.setattr(megatron_weights, "split_fused_qkv", wrong)
     with pytest.raises(UserError, match="other logits than .*iter_0000020"):

@@ -214,28 +214,32 @@ def test_refuses_what_does_not_fit():
 
 @in_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("length", "query_width", "rope"), [(70, 6, False), (70, 12, True), (136, 4, True)])
-def test_scan_of_a_projection_is_that_of_its_slices(length, query_width, rope, dtype):
+@pytest.mark.parametrize(
+    ("length", "query_width", "rope", "gated"), [(70, 6, False, True), (70, 12, True, True), (136, 4, True, True), (72, 8, True, False)]
+)
+def test_scan_of_a_projection_is_that_of_its_slices(length, query_width, rope, gated, dtype):
     """Lengths that are a multiple of eight: the states for the backward pass lie in the projection."""
     from rat_megatron.ops.gated_scan import triton as gated_scan_triton
 
     hn = 4
+    widths = [query_width, query_width * gated, hn, hn, hn]
     tables = [table(torch.rand(length, hn // 2)) for table in (torch.cos, torch.sin)] if rope else [None, None]
-    projection = torch.randn(length, 2, 2, 2 * query_width + 3 * hn).to(dtype).requires_grad_()
-    query, gate, k, v, f = projection.split([query_width, query_width, hn, hn, hn], dim=-1)
+    projection = torch.randn(length, 2, 2, (1 + gated) * query_width + 3 * hn).to(dtype).requires_grad_()
+    query, gate, k, v, f = projection.split(widths, dim=-1)
     if rope:
         query = rotate(query.float().unflatten(-1, (-1, hn)).flatten(2, 3), *tables).to(dtype).reshape(query.shape)
     expected = query, gate, *definition.gated_scan(f, k, v, None, *tables)[:2]
     weights = [torch.randn_like(x) for x in expected]
     gradient = torch.autograd.grad(expected, projection, weights)
     tolerance = 5e-6 if dtype == torch.float32 else 5e-3
-    for function in (gated_scan_triton.scan_mixed_qkv, partial(definition.scan_mixed_qkv, implementation="torch")):
+    plain = partial(definition.scan_mixed_qkv, implementation="torch", output_gate=gated)
+    for function, sizes in ((gated_scan_triton.scan_mixed_qkv, widths), (plain, query_width)):
         used_up = projection.detach().clone().requires_grad_()
-        outputs = function(used_up, query_width, *tables)
+        outputs = function(used_up, sizes, *tables)
         assert_close(outputs, expected, tolerance)
         assert_close(torch.autograd.grad(outputs, used_up, weights), gradient, tolerance)
     with torch.no_grad():
-        assert_close(gated_scan_triton.scan_mixed_qkv(projection.clone(), query_width, *tables), expected, tolerance)
+        assert_close(gated_scan_triton.scan_mixed_qkv(projection.clone(), widths, *tables), expected, tolerance)
 
 
 @in_interpreter
