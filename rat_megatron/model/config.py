@@ -18,7 +18,7 @@ from rat_megatron.ratplus.pattern import AttentionPattern
 
 @dataclass
 class RATTransformerConfig(TransformerConfig):
-    """Megatron's TransformerConfig for RAT+ (arXiv 2602.18196); raises PatternError if the pattern does not fit the model."""
+    """Megatron's TransformerConfig for RAT+ (arXiv 2602.18196); raises PatternError if the pattern does not fit the model or training."""
 
     rat_recurrence: bool = True
     """Keys and values pass through the gated recurrence. False is the plain-attention baseline, which keeps the output gate."""
@@ -36,7 +36,9 @@ class RATTransformerConfig(TransformerConfig):
             # RAT+ initialises every matrix alike; Megatron would scale the output projections down with depth.
             self.output_layer_init_method = init_method_normal(self.init_method_std)
         super().__post_init__()
-        AttentionPattern.parse(self.rat_pattern).check(self.num_layers, self.num_attention_heads)
+        pattern = AttentionPattern.parse(self.rat_pattern)
+        pattern.check(self.num_layers, self.num_attention_heads)
+        pattern.check_trainable()
 
 
 def rat_model_config_from_args(args: Namespace) -> GPTModelConfig:

@@ -65,7 +65,8 @@ class RATCoreAttention(MegatronModule):
         self.set_pattern(AttentionPattern.parse(getattr(config, "rat_pattern", "dense")))
 
     def set_pattern(self, pattern: AttentionPattern) -> None:
-        """Chooses what the queries of the next forward pass see."""
+        """Chooses what the queries of the next forward pass see; raises PatternError for a pattern that only the exported model has."""
+        pattern.check_trainable()
         self.pattern = pattern.layer(self.layer_number - 1)
 
     def forward(
