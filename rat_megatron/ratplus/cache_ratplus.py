@@ -75,8 +75,8 @@ class RatPlusCache(Cache):
         needed = self.columns + x.shape[1]
         if pattern.prunes_prompt and self.columns < self.prompt_length < needed:
             raise ValueError(
-                f"pattern '{pattern}' lets go of keys behind the prompt, whose {self.prompt_length} columns end within this call, which goes "
-                f"on to column {needed}: give what follows the prompt in another call"
+                f"pattern '{pattern}' lets go of keys behind the prompt, whose {self.prompt_length} columns end within this call, which "
+                f"goes on to column {needed}: give what follows the prompt in another call"
             )
         if needed > self.max_length:
             self.max_length = needed if not self.columns else max(needed, self.max_length + self.max_length // 8 + 16)

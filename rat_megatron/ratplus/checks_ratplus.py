@@ -39,7 +39,8 @@ def refuse_pruned_training(pattern: AttentionPattern) -> None:
     """Raises ValueError for a pattern that only what is generated shows."""
     if pattern.prunes_prompt:
         raise ValueError(
-            f"attention pattern '{pattern}' drops keys of a prompt once it is read, and a training sample has no prompt: train under another"
+            f"attention pattern '{pattern}' drops keys of a prompt once it is read, and a training sample has no prompt: train under "
+            "another"
         )
 
 

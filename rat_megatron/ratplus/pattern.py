@@ -60,8 +60,8 @@ class HeadPattern:
             budget, observed = int(snap["budget"]), int(snap["observed"])
             if not 1 <= observed < budget:
                 raise PatternError(
-                    f"attention pattern '{word}' keeps {budget} keys of a prompt, those of its last {observed} tokens among them: the first "
-                    "number must be larger than the second, and that at least 1, as in snap1024w32"
+                    f"attention pattern '{word}' keeps {budget} keys of a prompt, those of its last {observed} tokens among them: the "
+                    "first number must be larger than the second, and that at least 1, as in snap1024w32"
                 )
             return cls(budget=budget, observed=observed)
         match = _WORD.fullmatch(word)
@@ -252,8 +252,8 @@ class AttentionPattern:
                 )
             if head.scores == "means":
                 raise PatternError(
-                    f"attention pattern '{head}' chooses blocks by the means of their keys, as generate and evaluate can; training has their "
-                    f"bounds: write '{replace(head, scores=None)}'"
+                    f"attention pattern '{head}' chooses blocks by the means of their keys, as generate and evaluate can; training has "
+                    f"their bounds: write '{replace(head, scores=None)}'"
                 )
 
     def layer(self, index: int) -> LayerPattern:

@@ -40,7 +40,7 @@ def kept_by_definition(q, k, head: HeadPattern) -> set[int]:
 
 
 def expected_logits(model, prompt, rest):
-    """Logits of the rest, each token under the definition: the prompt's tokens see all before them, later ones what is kept and each other."""
+    """Logits of the rest by definition: the prompt's tokens see all before them, later ones what is kept and each other."""
     pattern, kept = model.model.attention_pattern, {}
     for layer, (q, k, _, f, _) in enumerate(attention_inside_of(model, prompt[None])):
         k = reference.rotary(k if f is None else reference.recurrence(k, f))[0]
