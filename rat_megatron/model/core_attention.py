@@ -112,10 +112,10 @@ class RATCoreAttention(MegatronModule):
 def set_attention_pattern(model_chunks: Iterable[MegatronModule], pattern: AttentionPattern) -> None:
     """Switches every layer of a model (all its pipeline chunks on this rank) to a pattern, from the next forward pass on."""
     for chunk in model_chunks:
-        unwrap_model(chunk).attention_pattern = pattern
         for module in chunk.modules():
             if isinstance(module, RATCoreAttention):
                 module.set_pattern(pattern)
+        unwrap_model(chunk).attention_pattern = pattern
 
 
 def get_attention_pattern(model: MegatronModule) -> AttentionPattern:
