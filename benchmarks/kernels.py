@@ -35,7 +35,7 @@ from benchmarks.timing import (
 from rat_megatron.ops.decode import decode_step
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.gated_scan import gated_scan
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

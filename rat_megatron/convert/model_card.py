@@ -36,9 +36,9 @@ print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), m
 ## Attention patterns
 
 A query sees itself and the earlier keys that the pattern names: `dense` all of them, `d16` every 16th, `d16w256s4` also the 256
-previous and the first 4, `[dense,d64]*12` one pattern a layer, `{{dense*4,d64*12}}` one a head, `d64k8` the 8 best blocks of 64. The
-model starts with `{pattern}`; `model.set_attention_pattern(WORD)` changes it at any time. For a pattern it was not trained with, a short
-adaptation run comes first.
+previous and the first 4, `[dense,d64]*12` one pattern a layer, `{{dense*4,d64*12}}` one a head, `d64k8` the 8 best blocks of 64,
+`snap1024w32` all keys of a prompt and behind it 1024 of them. The model starts with `{pattern}`; `model.set_attention_pattern(WORD)`
+changes it at any time. For a pattern it was not trained with, a short adaptation run comes first.
 
 ## Further
 

@@ -48,7 +48,9 @@ def evaluate(
     ``{"model": {...}, "versions": {...}, "settings": {...}, "patterns": {word: {"kv_cache_bytes": {length: bytes}, "loss": {...},
     "tasks": {task: {metric: value}}, "averages": {group: value}, "needles": {length: {kind: {...}}}}}}``
 
-    ``kv_cache_bytes`` is what a real cache holds of one sequence of that length. Raises UserError for whatever is wrong with the input.
+    ``kv_cache_bytes`` is what a real cache holds of one sequence of that length. A pattern that drops keys behind a prompt (SnapKV) has
+    no loss, and of the tasks those whose answers are written: whatever is read at once is a prompt, and dense. Raises UserError for
+    whatever is wrong with the input.
     """
     from rat_megatron.evaluation.loss import ValidationSet, validation_loss  # here because torch takes seconds, and --help should not
     from rat_megatron.evaluation.model import load_model
@@ -74,15 +76,22 @@ def evaluate(
         loaded.model.set_attention_pattern(word)
         of_pattern: dict[str, Any] = {"kv_cache_bytes": {str(n): loaded.cache_bytes(n) for n in sorted(lengths)}}
         results["patterns"][word] = of_pattern
-        if validation:
+        pruned = loaded.config.parse_pattern(word).prunes_prompt
+        if validation and pruned:
+            _progress(f"{word}: no validation loss, as this pattern shows in what is generated only")
+        elif validation:
             _progress(f"{word}: validation loss of {validation.num_samples} samples of {validation.seq_length} tokens")
             of_pattern["loss"] = validation_loss(loaded, validation, batch_size=batch_size)
         for task in needles:
             _progress(f"{word}: needle tests at {task.length} tokens")
             of_pattern.setdefault("needles", {})[str(task.length)] = task.run(loaded, batch_size=batch_size)
         if suite:
-            _progress(f"{word}: {', '.join(suite.names)}")
-            of_pattern["tasks"] = suite.run(task_limit)
+            names = suite.generated if pruned else suite.names
+            if left_out := [name for name in suite.names if name not in names]:
+                _progress(f"{word}: without {', '.join(left_out)}, as this pattern shows in what is generated only")
+            if names:
+                _progress(f"{word}: {', '.join(names)}")
+            of_pattern["tasks"] = suite.run(names, task_limit)
             of_pattern["averages"] = averages(of_pattern["tasks"])
         write_results(output, results)
     write_plots(output, results)

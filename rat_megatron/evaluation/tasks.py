@@ -68,9 +68,17 @@ class TaskSuite:
         with _quiet("lm_eval"):
             self._model = model_class(loaded, batch_size=batch_size, cut_in_middle=set(LONGBENCH))
 
-    def run(self, limit: int | None = None) -> dict[str, dict[str, float]]:
-        """For each task its metrics and their standard errors (``acc``, ``acc_stderr``, ...) on the first ``limit`` documents (default:
-        all), under the model's current attention pattern."""
+    @property
+    def generated(self) -> list[str]:
+        """The tasks whose answers the model writes; of others it scores those that are given, at once with the question."""
+        return [name for name, task in zip(self.names, self._tasks, strict=True) if task.OUTPUT_TYPE == "generate_until"]
+
+    def run(self, names: list[str] | None = None, limit: int | None = None) -> dict[str, dict[str, float]]:
+        """For each task, or those named, its metrics and their standard errors (``acc``, ``acc_stderr``, ...) on the first ``limit``
+        documents (default: all), under the model's current attention pattern."""
+        names = self.names if names is None else names
+        if not names:
+            return {}
         from lm_eval import simple_evaluate
 
         # The standard error of a perplexity comes from resampling. A thousand draws are plenty, and need no processes, which the harness
@@ -78,8 +86,9 @@ class TaskSuite:
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         options = {"task_manager": self._manager, "bootstrap_iters": 1000, "log_samples": False}
         with _quiet("lm_eval"):
-            results = simple_evaluate(self._model, tasks=list(self._tasks), limit=limit, **options)
-        return {name: _metrics(results["results"][name]) for name in self.names}
+            wanted = [task for name, task in zip(self.names, self._tasks, strict=True) if name in names]
+            results = simple_evaluate(self._model, tasks=wanted, limit=limit, **options)
+        return {name: _metrics(results["results"][name]) for name in names}
 
 
 def headline(task: str, metrics: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from rat_megatron.ops.decode import decode_step
 from rat_megatron.ops.dilated_attention import dilated_attention
 from rat_megatron.ops.dispatch import triton_takes
 from rat_megatron.ops.gated_scan import gated_scan
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern, LayerPattern
 from rat_megatron.ratplus.rotary_ratplus import apply_rotary
 

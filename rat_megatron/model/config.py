@@ -18,7 +18,7 @@ from rat_megatron.ratplus.pattern import AttentionPattern
 
 @dataclass
 class RATTransformerConfig(TransformerConfig):
-    """Megatron's TransformerConfig for RAT+ (arXiv 2602.18196); raises PatternError if the pattern does not fit the model."""
+    """Megatron's TransformerConfig for RAT+ (arXiv 2602.18196); raises PatternError if the pattern does not fit the model or training."""
 
     rat_recurrence: bool = True
     """Keys and values pass through the gated recurrence. False is the plain-attention baseline, which keeps the output gate."""
@@ -47,7 +47,9 @@ class RATTransformerConfig(TransformerConfig):
         super().__post_init__()
         if self.rat_qk_layernorm_over_heads and not self.qk_layernorm:
             raise ValueError("rat_qk_layernorm_over_heads says how qk_layernorm is computed: set that too")
-        AttentionPattern.parse(self.rat_pattern).check(self.num_layers, self.num_attention_heads)
+        pattern = AttentionPattern.parse(self.rat_pattern)
+        pattern.check(self.num_layers, self.num_attention_heads)
+        pattern.check_trainable()
 
 
 def rat_model_config_from_args(args: Namespace) -> GPTModelConfig:

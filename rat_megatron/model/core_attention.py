@@ -65,7 +65,8 @@ class RATCoreAttention(MegatronModule):
         self.set_pattern(AttentionPattern.parse(getattr(config, "rat_pattern", "dense")))
 
     def set_pattern(self, pattern: AttentionPattern) -> None:
-        """Chooses what the queries of the next forward pass see."""
+        """Chooses what the queries of the next forward pass see; raises PatternError for a pattern that only the exported model has."""
+        pattern.check_trainable()
         self.pattern = pattern.layer(self.layer_number - 1)
 
     def forward(
@@ -111,10 +112,10 @@ class RATCoreAttention(MegatronModule):
 def set_attention_pattern(model_chunks: Iterable[MegatronModule], pattern: AttentionPattern) -> None:
     """Switches every layer of a model (all its pipeline chunks on this rank) to a pattern, from the next forward pass on."""
     for chunk in model_chunks:
-        unwrap_model(chunk).attention_pattern = pattern
         for module in chunk.modules():
             if isinstance(module, RATCoreAttention):
                 module.set_pattern(pattern)
+        unwrap_model(chunk).attention_pattern = pattern
 
 
 def get_attention_pattern(model: MegatronModule) -> AttentionPattern:

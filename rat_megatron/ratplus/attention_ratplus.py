@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .cache_ratplus import HeadCache
+from .head_cache_ratplus import HeadCache
 from .pattern import HeadPattern, LayerPattern
 from .rotary_ratplus import apply_rotary, wide
 
@@ -91,13 +91,14 @@ def attend(q, f, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores:
     [b or 1, 1, t, hn / 2]. scores: what top-k patterns choose blocks by, "bounds" or "means". To ``weights``, if it is a list, are
     added the attention weights [b, np, t, s], columns by position; only then they are formed.
     """
+    head, scores = head.of_prompt, head.scores or scores
     if f is not None and tokens.real is not None:
         f = f.masked_fill(~tokens.real[:, None, :, None], torch.inf)  # padding leaves the state as it is
     past, fused = None if cache is None else cache.past, weights is None and kernels is not None
-    if fused and f is not None and cache is not None and q.shape[2] == 1 and kernels.can_decode(q, cache):
+    if fused and f is not None and cache is not None and q.shape[2] == 1 and not cache.reading and kernels.can_decode(q, cache):
         if past is not None:
             past.note(cache, cache.state[:, :, :, None], k, v, tokens)  # of k and v a single token's notes need the shape only
-        return kernels.decode(q, f, k, v, rotary, cache, tokens.before)
+        return kernels.decode(q, f, k, v, rotary, cache, cache.counted(tokens.before))
     states = None if cache is None else cache.state.clone()[:, :, :, None]
     if f is None:
         k = apply_rotary(k, *rotary)
@@ -109,6 +110,14 @@ def attend(q, f, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores:
         past.note(cache, states if f is not None else states.expand(-1, -1, -1, past.columns(tokens), -1), k, v, tokens)
     if f is not None and cache is not None:
         cache.state.copy_(state.detach())
+    out = _attend(q, k, v, rotary, head, tokens, cache, scores, weights)
+    if cache is not None and cache.reading:
+        cache.observe(apply_rotary(q, *rotary), tokens)
+    return out
+
+
+def _attend(q, k, v, rotary, head: HeadPattern, tokens: Tokens, cache, scores: str, weights: list | None) -> torch.Tensor:
+    """As attend, behind the recurrence: k (after RoPE) and v [b, ng, t, hn]; q before RoPE."""
     if weights is not None:
         out, formed = _attend_eagerly(apply_rotary(q, *rotary), k, v, head, tokens, cache, scores)
         weights.append(formed)
@@ -192,8 +201,9 @@ def _softmax_attention(q, k, v, mask: torch.Tensor | None = None, is_causal: boo
 
 def _attend_eagerly(q, k, v, head: HeadPattern, tokens: Tokens, cache, scores: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention's output [b, np, t, hn] with its weights [b, np, t, s], of whole sequences or after a cache, whose tokens come first."""
-    at, summary = torch.arange(tokens.columns + q.shape[2], device=q.device), None
+    at, summary, held = torch.arange(tokens.columns + q.shape[2], device=q.device), None, None
     if cache is not None:
+        held = cache.held(len(at))
         own = k, v
         k, v = cache.in_order(k, v, tokens)
         cache.write(*own, tokens.before, tokens.counts, len(at))
@@ -205,6 +215,8 @@ def _attend_eagerly(q, k, v, head: HeadPattern, tokens: Tokens, cache, scores: s
         if head.blocks
         else head.mask(tokens.positions[:, None, :, None], at)
     )
+    if held is not None:
+        seen = seen & held.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[:, :, None]
     k, v = (wide(x).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     weights = (wide(q) @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -torch.inf).softmax(dim=-1)
     return (weights @ v).to(q.dtype), weights.to(q.dtype)

@@ -6,6 +6,7 @@ import torch
 
 from .attention_ratplus import Tokens
 from .cache_ratplus import RatPlusCache
+from .pattern import AttentionPattern
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what Trainer and the loss functions pass on
 _PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # how Transformers and TRL mark packed documents
@@ -31,6 +32,26 @@ def refuse_fused(attn_implementation: str) -> None:
         raise ValueError(
             f"output_attentions is not possible with attn_implementation='{attn_implementation}', which never forms the weights: load the "
             'model with attn_implementation="eager", or call set_attn_implementation("eager")'
+        )
+
+
+def refuse_pruned_training(pattern: AttentionPattern) -> None:
+    """Raises ValueError for a pattern that only what is generated shows."""
+    if pattern.prunes_prompt:
+        raise ValueError(
+            f"attention pattern '{pattern}' drops keys of a prompt once it is read, and a training sample has no prompt: train under "
+            "another"
+        )
+
+
+def check_pruning(pattern: AttentionPattern, cached: bool, candidates: bool) -> None:
+    """Raises ValueError where generate() could not follow a pattern that drops keys behind the prompt."""
+    if pattern.prunes_prompt and not cached:
+        raise ValueError(f"attention pattern '{pattern}' is what a cache keeps of a prompt: generate with use_cache=True")
+    if pattern.prunes_prompt and candidates:
+        raise ValueError(
+            f"attention pattern '{pattern}' drops keys behind the prompt, which candidates would share a call with: leave out "
+            "prompt_lookup_num_tokens and assistant_model, or take another pattern, for the assistant too"
         )
 
 

@@ -15,7 +15,8 @@ class RatPlusConfig(PretrainedConfig):
 
     ``use_recurrence`` False is the plain-attention baseline, which has no forget gate. ``attention_pattern`` is one word, such as
     ``dense``, ``d16w256s4`` or ``[dense,d64]*12``; it is kept in its shortest form. ``block_scores`` says what top-k patterns
-    choose blocks by: "bounds" of their keys, as Quest does and as they are trained here, or their "means", as MoBA does.
+    choose blocks by where the word does not (``d64k8means``): "bounds" of their keys, as Quest does and as they are trained here, or
+    their "means", as MoBA does.
     ``hidden_act`` is "gelu", as in the paper, or "silu": SwiGLU, with a gate projection (arXiv 2002.05202).
 
     What other families have, all off in the paper's layer: ``use_output_gate`` False leaves the output gate out. ``attention_bias`` is a

@@ -22,7 +22,16 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .cache_ratplus import CACHE_NAME, RatPlusCache
-from .checks_ratplus import LOSS_ARGUMENTS, check_generated_length, check_lengths, refuse_fused, refuse_restarts, refuse_unknown
+from .checks_ratplus import (
+    LOSS_ARGUMENTS,
+    check_generated_length,
+    check_lengths,
+    check_pruning,
+    refuse_fused,
+    refuse_pruned_training,
+    refuse_restarts,
+    refuse_unknown,
+)
 from .columns_ratplus import count_tokens, in_order, weights_in_columns
 from .configuration_ratplus import RatPlusConfig
 from .layers_ratplus import RatPlusDecoderLayer
@@ -31,7 +40,9 @@ from .rotary_ratplus import rotary_tables
 
 # Transformers 4 copies the files that this one names, and none that those name, from a folder that is loaded with trust_remote_code.
 from .attention_ratplus import Tokens  # noqa: F401, I001 isort:skip
+from .head_cache_ratplus import HeadCache  # noqa: F401 isort:skip
 from .past_ratplus import RecentPast  # noqa: F401 isort:skip
+from .snapkv_ratplus import SnapCache  # noqa: F401 isort:skip
 
 _READS_TWICE = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters  # 5.24, with any model
 _OF_GENERATE = ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer")  # generate() passes them on, forward has no use
@@ -128,6 +139,8 @@ class RatPlusModel(RatPlusPreTrainedModel):
         if attention_pattern is None and past_key_values is not None:
             attention_pattern = past_key_values.word
         pattern = self.attention_pattern if attention_pattern is None else self.config.parse_pattern(attention_pattern)
+        if self.training:
+            refuse_pruned_training(pattern)
         columns = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_lengths(hidden_states, columns, attention_mask, past_key_values, self.config.max_position_embeddings)
         if past_key_values is not None:
@@ -284,6 +297,11 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
                     "with candidates this Transformers reads the tokens of a given cache again: leave out the cache or the candidates"
                 )
             cache.record_past(assisted or of_assistant)
+            if not cache.get_seq_length() and model_kwargs.get("attention_mask") is not None:
+                cache.prompt_length = model_kwargs["attention_mask"].shape[1]
+        word = model_kwargs.get("attention_pattern")
+        pattern = self.model.attention_pattern if word is None else self.config.parse_pattern(word)
+        check_pruning(pattern, cached=cache is not None, candidates=assisted or of_assistant)
 
 
 class RatPlusForSequenceClassification(RatPlusPreTrainedModel):

@@ -1,26 +1,28 @@
 """Attention patterns: one word that says which keys a query may see.
 
 The same word is used in flags, configs, logs, plots and file names. Definition: RAT+ paper (arXiv 2602.18196), dilated attention
-with local window and sinks, and its layer, head and top-k block hybrids.
+with local window and sinks, and its layer, head and top-k block hybrids; SnapKV (arXiv 2404.14469).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 
 GRAMMAR = (
-    "'dense', 'd16', 'd16w256s4', 'w256s4', 'd64k8', 'd64k8+d', a list of layers such as '[dense,d64]*12', "
+    "'dense', 'd16', 'd16w256s4', 'w256s4', 'd64k8', 'd64k8+d', 'd64k8means', 'snap1024w32', a list of layers such as '[dense,d64]*12', "
     "or the heads of a layer such as '{dense*4,d64*12}'"
 )
 
 _MAX_REPEAT = 4096  # more layers or heads than any model has: a typing error, not a pattern
-_WORD = re.compile(r"(?:d(?P<d>\d{1,9}))?(?:k(?P<k>\d{1,9})(?P<rest>\+d)?)?(?:w(?P<w>\d{1,9}))?(?:s(?P<s>\d{1,9}))?")  # numbers fit int64
+_BLOCKS = r"k(?P<k>\d{1,9})(?P<scores>bounds|means)?(?P<rest>\+d)?"  # numbers fit int64
+_WORD = re.compile(rf"(?:d(?P<d>\d{{1,9}}))?(?:{_BLOCKS})?(?:w(?P<w>\d{{1,9}}))?(?:s(?P<s>\d{{1,9}}))?")
+_SNAP = re.compile(r"snap(?P<budget>\d{1,9})w(?P<observed>\d{1,9})")
 
 
 class PatternError(ValueError):
@@ -33,7 +35,11 @@ class HeadPattern:
 
     Query t sees key j <= t when ``t - j <= window``, or ``j < sinks``, or ``(j + 1) % dilation == 0``. ``dilation`` 1 is dense and
     None leaves only window and sinks. With ``blocks`` = K > 0, keys lie in blocks of ``dilation`` tokens and each query sees K of
-    them in full up to itself: its own, the first and those of highest score; ``dilate_rest`` adds every ``dilation``-th key.
+    them in full up to itself: its own, the first and those of highest score; ``dilate_rest`` adds every ``dilation``-th key, and
+    ``scores`` says what blocks are scored by, "bounds" or "means" of their keys (None: what the model does).
+
+    With ``budget`` = B > 0 (SnapKV) a prompt is read densely. Each key head then keeps B keys of it: those of its last ``observed``
+    tokens, and those that the queries of these tokens attend to most. Later tokens see the kept keys and each other.
     """
 
     dilation: int | None = 1
@@ -41,12 +47,23 @@ class HeadPattern:
     sinks: int = 0
     blocks: int = 0
     dilate_rest: bool = False
+    scores: str | None = None
+    budget: int = 0
+    observed: int = 0
 
     @classmethod
     def parse(cls, word: str) -> HeadPattern:
         """Reads one word such as ``d16w256s4``; raises PatternError."""
         if word == "dense":
             return cls()
+        if snap := _SNAP.fullmatch(word):
+            budget, observed = int(snap["budget"]), int(snap["observed"])
+            if not 1 <= observed < budget:
+                raise PatternError(
+                    f"attention pattern '{word}' keeps {budget} keys of a prompt, those of its last {observed} tokens among them: the "
+                    "first number must be larger than the second, and that at least 1, as in snap1024w32"
+                )
+            return cls(budget=budget, observed=observed)
         match = _WORD.fullmatch(word)
         if not word or not match:
             raise PatternError(f"unknown attention pattern '{word}': write {GRAMMAR}")
@@ -59,27 +76,34 @@ class HeadPattern:
                     f"attention pattern '{word}': top-k needs a block size of at least 2 and at least one block, "
                     "and no window or sinks, as in d64k8"
                 )
-            return cls(dilation, blocks=blocks, dilate_rest=match["rest"] is not None)
+            return cls(dilation, blocks=blocks, dilate_rest=match["rest"] is not None, scores=match["scores"])
         return cls() if dilation == 1 else cls(dilation, window or 0, sinks or 0)
 
     def __str__(self) -> str:
         if self.is_dense:
             return "dense"
         if self.blocks:
-            return f"d{self.dilation}k{self.blocks}" + ("+d" if self.dilate_rest else "")
+            return f"d{self.dilation}k{self.blocks}{self.scores or ''}" + ("+d" if self.dilate_rest else "")
+        if self.budget:
+            return f"snap{self.budget}w{self.observed}"
         parts = [f"{letter}{n}" for letter, n in (("d", self.dilation), ("w", self.window), ("s", self.sinks)) if n]
         return "".join(parts) or "w0"
 
     @property
     def is_dense(self) -> bool:
-        return self.dilation == 1 and not self.blocks
+        return self.dilation == 1 and not self.blocks and not self.budget
+
+    @property
+    def of_prompt(self) -> HeadPattern:
+        """What tokens of a prompt see, whatever becomes of their keys behind it."""
+        return HeadPattern() if self.budget else self
 
     def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """True where a query sees a key. queries [..., q, 1] and keys [..., 1, k] hold token positions; returns [..., q, k].
 
-        Not for top-k patterns, whose mask depends on the scores.
+        Not for top-k patterns and SnapKV, whose masks depend on the scores.
         """
-        if self.blocks:
+        if self.blocks or self.budget:
             raise PatternError(f"attention pattern '{self}' chooses keys by score: it has no fixed mask")
         seen = (queries - keys <= self.window) | (keys < self.sinks)
         if self.dilation is not None:
@@ -121,9 +145,9 @@ class HeadPattern:
         return torch.where((position <= last) & (~in_ring | (recent >= self.sinks)), position, -1)
 
     def pairs(self, length: int) -> int:
-        """Number of (query, key) pairs that ``length`` tokens make."""
+        """Number of (query, key) pairs that ``length`` tokens make; of SnapKV, those of a prompt."""
         t = torch.arange(length, dtype=torch.int64)
-        if self.is_dense:
+        if self.of_prompt.is_dense:
             return length * (length + 1) // 2
         if self.blocks:
             block = t // self.dilation
@@ -140,11 +164,16 @@ class HeadPattern:
         return int(seen.sum())
 
     def flops(self, length: int, head_dim: int) -> int:
-        """Forward FLOPs of one head over one sequence: 2*dh for a score and 2*dh for its value, per pair seen."""
-        return 4 * head_dim * self.pairs(length)
+        """Forward FLOPs of one head over one sequence: 2*dh for a score and 2*dh for its value, per pair seen. SnapKV scores the pairs of
+        its last queries again where it has to choose."""
+        chosen_by = self.observed * length - self.observed * (self.observed - 1) // 2 if 0 < self.budget < length else 0
+        return 4 * head_dim * self.pairs(length) + 2 * head_dim * chosen_by
 
     def cache_entries(self, length: int) -> int:
-        """Key/value entries a compact cache holds for ``length`` tokens: S + W + 1 + ceil(length/D), never more than ``length``."""
+        """Key/value entries a compact cache holds for ``length`` tokens: S + W + 1 + ceil(length/D), never more than ``length``; B of a
+        prompt under SnapKV, to which every token generated adds one."""
+        if self.budget:
+            return min(length, self.budget)
         if self.is_dense or self.blocks:
             return length
         dilated = -(-length // self.dilation) if self.dilation else 0
@@ -170,8 +199,8 @@ class LayerPattern:
 
     @property
     def is_positional(self) -> bool:
-        """Whether the mask follows from positions alone (no top-k)."""
-        return not any(head.blocks for head in self.heads)
+        """Whether the mask follows from positions alone (no top-k, no SnapKV)."""
+        return not any(head.blocks or head.budget for head in self.heads)
 
     def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """As HeadPattern.mask, with a leading dimension of heads: [1 or H, ..., q, k]."""
@@ -207,6 +236,25 @@ class AttentionPattern:
     @property
     def is_positional(self) -> bool:
         return all(layer.is_positional for layer in self.layers)
+
+    @property
+    def prunes_prompt(self) -> bool:
+        """Whether heads let go of keys of a prompt once it is read (SnapKV): only what is generated then shows the pattern."""
+        return any(head.budget for layer in self.layers for head in layer.heads)
+
+    def check_trainable(self) -> None:
+        """Raises PatternError for heads that only the Transformers model has, for inference."""
+        for head in (head for layer in self.layers for head in layer.heads):
+            if head.budget:
+                raise PatternError(
+                    f"attention pattern '{head}' drops keys of a prompt once it is read, and a training sample has no prompt: train and "
+                    "validate under another, and give this one to generate or evaluate"
+                )
+            if head.scores == "means":
+                raise PatternError(
+                    f"attention pattern '{head}' chooses blocks by the means of their keys, as generate and evaluate can; training has "
+                    f"their bounds: write '{replace(head, scores=None)}'"
+                )
 
     def layer(self, index: int) -> LayerPattern:
         """The pattern of the layer with this index, counted from 0 over the whole model."""

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from rat_megatron.ops.decode import decode_step
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern
 
 torch_step = partial(decode_step, implementation="torch")

@@ -7,7 +7,7 @@ import torch
 
 from rat_megatron.ops.decode import decode_step
 from rat_megatron.ops.gated_scan import gated_scan
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern
 from tests import reference
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rat_megatron.ops.decode import decode_step
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 from rat_megatron.ratplus.pattern import HeadPattern
 from tests.helpers import REPOSITORY
 

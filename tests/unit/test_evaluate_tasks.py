@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 from rat_megatron.errors import UserError
+from rat_megatron.evaluation.evaluate import evaluate
 from rat_megatron.evaluation.harness_model import HarnessModel, cut_middle
 from rat_megatron.evaluation.model import load_model
 from rat_megatron.evaluation.tasks import COMMONSENSE, LONGBENCH, TaskSuite, _metrics, averages, expand, headline
@@ -228,6 +229,21 @@ def test_a_single_task_and_its_limit(loaded, task_data):
     first = [row["answer"] for row in suite._tasks[0].validation_docs()][:1]
     assert first == ["2"] and suite.run(limit=1)["winogrande"]["acc"] in (0.0, 1.0)
     assert "acc_stderr" not in suite.run(limit=1)["winogrande"] and averages(suite.run(limit=1)) == {}
+
+
+def test_tasks_whose_answers_are_written(loaded, task_data, tmp_path, capsys):
+    """SnapKV shows in these only: the others would have the scores of dense attention."""
+    for file in task_data.glob("piqa*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "longbench_triviaqa.jsonl").write_text(json.dumps(longbench_row("a long story " * 20, ["x"])) + "\n")
+    suite = TaskSuite(["piqa", "longbench_triviaqa"], loaded, task_data=tmp_path)
+    assert suite.generated == ["longbench_triviaqa"] and suite.run([]) == {}
+    patterns = ["d16", "snap64w8"]
+    results = evaluate(
+        loaded.folder, tmp_path / "out", patterns=patterns, tasks=suite.names, task_data=tmp_path, task_limit=1
+    )["patterns"]  # fmt: skip
+    assert [list(results[word]["tasks"]) for word in patterns] == [["piqa", "longbench_triviaqa"], ["longbench_triviaqa"]]
+    assert "snap64w8: without piqa" in capsys.readouterr().err
 
 
 def test_metrics_as_the_harness_names_them():

@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from rat_megatron.hf import RatPlusCache
-from rat_megatron.ratplus.cache_ratplus import CACHE_NAME, HeadCache
+from rat_megatron.ratplus.cache_ratplus import CACHE_NAME
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 from rat_megatron.ratplus.past_ratplus import LEAST
 from tests.unit.test_hf_generate import PATTERNS, VOCAB, pad, random_tokens
 from tests.unit.test_hf_generate import tiny_model as model_that_ends

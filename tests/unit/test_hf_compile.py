@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def test_decoding_is_one_graph_for_all_steps():
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    command = [sys.executable, "-m", "tests.unit.test_hf_compile", "dense", "d4w2s1", "d4k3"]
+    command = [sys.executable, "-m", "tests.unit.test_hf_compile", "dense", "d4w2s1", "d4k3", "snap8w2"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

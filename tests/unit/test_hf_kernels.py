@@ -32,7 +32,9 @@ def _noted(function, name, calls):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pattern", ["dense", "d4", "d4w3s2", "w3", "[d4w2,{dense*2,d4,w2s1}]", "d4k3", "[dense,{d4k3,d4*3}]"])
+@pytest.mark.parametrize(
+    "pattern", ["dense", "d4", "d4w3s2", "w3", "[d4w2,{dense*2,d4,w2s1}]", "d4k3", "[dense,{d4k3,d4*3}]", "[d4w2,snap9w3]"]
+)
 def test_results_are_those_without_kernels(pattern, lent, monkeypatch):
     model, prompts, rest = tiny_model(pattern), [random_tokens(n) for n in (3, 30, 11)], random_tokens(3, 9)
     ids, mask = pad(prompts)

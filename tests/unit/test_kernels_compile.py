@@ -115,7 +115,7 @@ def top_k(word: str) -> None:
 
 def decoding(word: str, splits: int, monkeypatch) -> None:
     from rat_megatron.ops.decode import triton as decode_triton
-    from rat_megatron.ratplus.cache_ratplus import HeadCache
+    from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 
     monkeypatch.setattr(decode_triton, "_split_count", lambda *args: splits)
     cache = HeadCache(HeadPattern.parse(word), torch.empty(3, 2, 1, HN, dtype=torch.bfloat16), 512, "bounds")

@@ -229,6 +229,10 @@ def test_the_pattern_must_fit_the_model():
         build(pattern="[dense,d16]")
     with pytest.raises(PatternError, match="lists 3 heads, but a layer has 4"):
         build(pattern="{dense,d16*2}")
+    with pytest.raises(PatternError, match="training sample has no prompt"):
+        build(pattern="snap16w4")
+    with pytest.raises(PatternError, match="write 'd4k3'"):
+        set_attention_pattern([build()], AttentionPattern.parse("d4k3means"))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,17 @@ from tests.reference import sees
 
 dilations = st.none() | st.integers(2, 70)
 positional_heads = st.just(HeadPattern()) | st.builds(HeadPattern, dilations, st.integers(0, 80), st.integers(0, 9))
-topk_heads = st.builds(HeadPattern, st.integers(2, 9), blocks=st.integers(1, 9), dilate_rest=st.booleans())
-heads = positional_heads | topk_heads
+topk_heads = st.builds(
+    HeadPattern,
+    st.integers(2, 9),
+    blocks=st.integers(1, 9),
+    dilate_rest=st.booleans(),
+    scores=st.sampled_from([None, "bounds", "means"]),
+)
+snap_heads = st.builds(
+    lambda observed, more: HeadPattern(budget=observed + more, observed=observed), st.integers(1, 30), st.integers(1, 60)
+)
+heads = positional_heads | topk_heads | snap_heads
 layers = st.builds(lambda several: LayerPattern(tuple(several)), st.lists(heads, min_size=1, max_size=6))
 periods = st.builds(lambda period, times: tuple(period * times), st.lists(layers, min_size=1, max_size=4), st.integers(1, 4))
 patterns = st.builds(lambda one: AttentionPattern((one,)), layers) | st.builds(
@@ -41,6 +50,10 @@ def test_a_pattern_prints_a_word_that_reads_back(pattern):
         ("s0", "w0"),
         ("w256s4", "w256s4"),
         ("d64k8+d", "d64k8+d"),
+        ("d64k8means", "d64k8means"),
+        ("d064k8bounds+d", "d64k8bounds+d"),
+        ("snap1024w32", "snap1024w32"),
+        ("[dense,snap064w08]", "[dense,snap64w8]"),
         ("[dense, d64, dense, d64]", "[dense,d64]*2"),
         ("[dense,dense,dense,d64]", "[dense*3,d64]"),
         ("[dense,d64]*12", "[dense,d64]*12"),
@@ -120,6 +133,29 @@ def test_topk_keeps_every_key(head, length):
         head.mask(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
+@given(snap_heads, lengths)
+def test_of_snapkv_a_prompt_is_counted(head, length):
+    """Read densely; where something is dropped, its last queries score all keys up to their own once more."""
+    scored = sum(t + 1 for t in range(length - head.observed, length)) if length > head.budget else 0
+    assert head.pairs(length) == length * (length + 1) // 2
+    assert head.flops(length, 16) == 4 * 16 * head.pairs(length) + 2 * 16 * scored
+    assert head.cache_entries(length) == min(length, head.budget)
+    assert not head.is_dense and head.of_prompt.is_dense
+    with pytest.raises(PatternError, match="no fixed mask"):
+        head.mask(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_what_cannot_be_trained_says_why():
+    for word, reason in (
+        ("snap64w8", "training sample has no prompt"),
+        ("[d16,{snap64w8,dense}]", "'snap64w8' drops keys"),
+        ("d64k8means+d", r"bounds: write 'd64k8\+d'"),
+    ):
+        with pytest.raises(PatternError, match=reason):
+            AttentionPattern.parse(word).check_trainable()
+    AttentionPattern.parse("[d64k8,d64k8bounds,w1019s4,{dense,d16}]").check_trainable()
+
+
 def test_cache_capacity_is_sinks_window_itself_and_dilated():
     assert HeadPattern.parse("d16w256s4").cache_entries(4096) == 4 + 256 + 1 + 256
     assert HeadPattern.parse("d16").cache_entries(4090) == 1 + 256
@@ -177,6 +213,12 @@ def test_what_a_pattern_is():
         "{dense",
         "[[dense]]",
         "d9999999999",
+        "snap64",
+        "snapw8",
+        "snap64w8s4",
+        "d16snap64w8",
+        "d64k8max",
+        "d64means",
     ],
 )
 def test_bad_words_show_the_grammar(word):
@@ -193,6 +235,9 @@ def test_bad_words_show_the_grammar(word):
         ("d1k8", "block size of at least 2"),
         ("d64k0", "at least one block"),
         ("d64k8w4", "no window or sinks"),
+        ("d64k8meansw4", "no window or sinks"),
+        ("snap8w8", "first number must be larger"),
+        ("snap8w0", "at least 1"),
         ("{dense,d64}*2", "repeats inside the braces"),
         ("[dense*0]", "from 1 to 4096"),
         ("[dense]*5000", "from 1 to 4096"),
@@ -205,7 +250,7 @@ def test_bad_words_say_what_is_wrong(word, reason):
         AttentionPattern.parse(word)
 
 
-@given(st.text("dwsk+*[]{},0123456789nse ", max_size=20))
+@given(st.text("dwsk+*[]{},0123456789nseap ", max_size=20))
 def test_any_text_parses_or_raises_pattern_error(text):
     try:
         pattern = AttentionPattern.parse(text)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rat_megatron.ops.dispatch import choose
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 
 
 @torch.no_grad()

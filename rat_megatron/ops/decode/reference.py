@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 from rat_megatron.ratplus.rotary_ratplus import apply_rotary
 
 

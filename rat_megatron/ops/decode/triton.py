@@ -11,7 +11,7 @@ import triton
 
 from rat_megatron.ops.decode.kernels import decode_kernel, merge_kernel
 from rat_megatron.ops.dispatch import processor_count
-from rat_megatron.ratplus.cache_ratplus import HeadCache
+from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 
 _LOG2_E = 1.4426950408889634
 _BLOCK = 32  # entries per step of the loop; small programs with deep pipelines: within 3% of the best tiling for every shape measured

@@ -136,11 +136,13 @@ def _check_skipping(args: Namespace) -> None:
 
 
 def _check_patterns(args: Namespace) -> dict[str, Any]:
-    """Every pattern fits the model; words are brought to their shortest form."""
+    """Every pattern fits the model and training; words are brought to their shortest form."""
     arl = args.rat_arl_pattern or ("none" if args.pretrained_checkpoint else "d64")
 
     def shortest(word: str) -> str:
-        return str(AttentionPattern.parse(word).fit(args.num_layers, args.num_attention_heads))
+        pattern = AttentionPattern.parse(word).fit(args.num_layers, args.num_attention_heads)
+        pattern.check_trainable()
+        return str(pattern)
 
     target = shortest(args.rat_pattern)
     check_dilations(args, [target, *([] if arl == "none" else [arl]), *(args.rat_eval_patterns or [])])
