@@ -295,7 +295,7 @@ def test_set_attention_pattern():
         ({"attention_pattern": "dd"}, "unknown attention pattern"),
         ({"attention_pattern": "[dense]*3", "num_hidden_layers": 2}, "3 layers"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "not a multiple"),
-        ({"head_dim": 7}, "odd"),
+        ({"head_dim": 7}, "in pairs"),
         ({"block_scores": "maxima"}, "'bounds' or 'means'"),
     ],
 )
