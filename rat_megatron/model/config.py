@@ -55,6 +55,7 @@ class RATTransformerConfig(TransformerConfig):
 def rat_model_config_from_args(args: Namespace) -> GPTModelConfig:
     """The model configuration for validated Megatron arguments; its builder makes GPTModel chunks with RAT+ layers."""
     config = gpt_config_from_args(args, config=core_transformer_config_from_args(args, RATTransformerConfig))
+    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron leaves this out, and would scale by 8
     config.transformer.use_te_rng_tracker = args.te_rng_tracker  # Megatron leaves this out, and refuses CUDA graphs then
     if args.cuda_graph_impl == "full_iteration":  # Megatron waits for the device after an exchange between stages, which no graph can hold
         config.transformer.batch_p2p_sync = False

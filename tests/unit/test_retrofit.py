@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rat_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from rat_megatron.convert import convert_retrofit, convert_to_hf
 from rat_megatron.convert.families import FAMILIES
-from rat_megatron.convert.retrofit import RetrofittedFolder
+from rat_megatron.convert.megatron_model import megatron_logits
+from rat_megatron.convert.retrofit import RetrofittedFolder, original_logits
 from rat_megatron.errors import UserError
 from rat_megatron.hf import RatPlusForCausalLM
 from tests.converting import write_tokenizer
@@ -84,6 +86,18 @@ def test_an_output_gate_changes_nothing_at_first(original, tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(original("qwen3"), dtype=torch.float64)(tokens).logits
     actual = RatPlusForCausalLM.from_pretrained(tmp_path / "ratplus", dtype=torch.float64)(tokens).logits
     assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()  # a projection was multiplied, and rounded to fp32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama3", "qwen2.5"])
+def test_megatron_turns_by_the_same_angles_far_into_a_text(original, tmp_path, name):
+    """Megatron's own builder ignores --rope-scaling-factor, which 32 tokens hardly show."""
+    folder = RetrofittedFolder(original(name), 0.0, output_gate=False)
+    convert_retrofit(original(name), tmp_path / "checkpoints", memory=0.0)
+    tokens = torch.randperm(512)[:500]
+    (logits,) = megatron_logits(TorchDistCheckpoint(tmp_path / "checkpoints" / "release"), tokens, [None])
+    expected = original_logits(original(name), tokens, [None])[0]
+    assert (logits[:, : folder.config.vocab_size] - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_every_family_is_tested():
