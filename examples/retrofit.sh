@@ -6,8 +6,8 @@
 #
 # MODEL is a folder of a Llama, Mistral, Qwen2.5, Qwen3, OLMo2 or SmolLM model, DATA what rat-megatron prepare made with its tokenizer, RUN
 # a folder for the rest; then patterns to adapt to and flags of pretrain_rat.py. Settings: LAUNCH, such as "torchrun --nproc-per-node 8",
-# and ADAPT_ITERS, how long adaptation is (a tenth of continued pretraining's rate over 1B tokens in the presets' batches). Run it again and
-# it goes on where it stopped.
+# and ADAPT, flags of the adaptation: by default 1B tokens in the presets' batches; the paper adapts at a tenth of the rate, ADAPT="--lr
+# 3e-5 --train-iters 954" here. Run it again and it goes on where it stopped.
 set -euo pipefail
 usage="give the model's folder, the data, a folder for the run, patterns, and flags of pretrain_rat.py"
 model=${1:?$usage} data=${2:?$usage} run=${3:?$usage} patterns=${4:?$usage}
@@ -21,6 +21,6 @@ train "$@" --pretrained-checkpoint "$run/start" --save "$run/dense" --rat-eval-p
 
 for pattern in $patterns; do
     train "$@" --pretrained-checkpoint "$run/dense" --save "$run/$pattern" --rat-pattern "$pattern" --rat-arl-pattern none \
-        --train-iters "${ADAPT_ITERS:-954}"
+        ${ADAPT:---train-iters 954}
     [ -e "$run/$pattern-hf" ] || rat-megatron convert to-hf "$run/$pattern" "$run/$pattern-hf"
 done

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from rat_megatron.checkpoint.hf_folder import HfFolder, load_tokenizer, read_config
+from rat_megatron.checkpoint.hf_folder import HfFolder, find_weights, load_tokenizer, read_config
 from rat_megatron.convert.families import FAMILIES
 from rat_megatron.convert.families.family import Config, Family, ratplus_arguments
 from rat_megatron.errors import UserError
@@ -139,19 +140,15 @@ def original_logits(path: Path, tokens: Tensor, dtypes: list[torch.dtype | None]
     model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight, device="meta"))  # apart where it is tied
     parts = [("model.embed_tokens", model.model.embed_tokens), ("model.norm", model.model.norm), (head, model.lm_head)]
     parts += [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
+    files = find_weights(path)
     for name, module in parts:
-        module.register_forward_pre_hook(_loading(path, name))
+        module.register_forward_pre_hook(_loading(files, name))
         module.register_forward_hook(lambda module, *_: module.to("meta") and None)
     return [model(tokens[None], use_cache=False).logits[0].float()]
 
 
-def _loading(path: Path, prefix: str) -> Callable[..., None]:
-    """A hook that gives a module the weights that the folder has under a prefix, in fp32."""
-    from safetensors import safe_open
-
-    from rat_megatron.checkpoint.hf_folder import find_weights
-
-    files = find_weights(path)
+def _loading(files: dict[str, Path], prefix: str) -> Callable[..., None]:
+    """A hook that gives a module the weights that the files have under a prefix, in fp32."""
 
     def load(module: torch.nn.Module, *_: Any) -> None:
         state = {}

@@ -113,6 +113,16 @@ def test_no_flag_gives_another_model_or_nothing_at_all(parser, monkeypatch):
         "xavier": (["--init-method-xavier-uniform"], "lacks what it sets; give --init-method-std"),
         "batch": (["--batch-invariant-mode", "--attention-backend", "flash"], "RAT\\+'s own kernels do not keep to it"),
         "faults": (["--fault-injector-ranks", "0"], "is for tests with nvidia_resiliency_ext, which .*: leave it out"),
+        "two scalings": (
+            ["--use-rope-scaling", "--rotary-seq-len-interpolation-factor", "2"],
+            "cannot scale RoPE beside --use-rope-scaling",
+        ),
+        "yarn and llama3": (["--position-embedding-type", "yarn", "--use-rope-scaling"], "beside --position-embedding-type yarn"),
+        "yarn's": (["--rotary-scaling-factor", "4"], "--rotary-scaling-factor would change nothing without --position-embedding-type yarn"),
+        "shorter": (["--position-embedding-type", "yarn", "--rotary-scaling-factor", "0.5"], "0.5 would shorten the range of RoPE"),
+        "over heads": (["--rat-qk-layernorm-over-heads"], "says how --qk-layernorm is computed: give that too"),
+        "gates of a baseline": (["--rat-gate-bias", "--no-rat-recurrence"], "--rat-gate-bias is for the layer with a recurrence"),
+        "no angles": (["--position-embedding-type", "none"], "--position-embedding-type none is not part .* or give rope"),
         "documents": (["--dataloader-inter-document-masking"], "tokens of one document would see those of another"),
     }.values(),
 )

@@ -186,6 +186,15 @@ def test_ckpt_step_names_an_iteration_of_the_pretrained_checkpoint(copy, saved, 
     assert derived(*flags, saved)["ckpt_step"] is None
 
 
+def test_angles_of_rope_may_change_with_a_new_run_only(saved, tmp_path, refusal, derived, capfd):
+    changed = "rotary_base 10000 becomes 20000"
+    assert f"others than in the checkpoint in {saved} ({changed}): give its flags" in refusal("--save", saved, "--rotary-base", 20000)
+    derived("--pretrained-checkpoint", saved, "--save", tmp_path / "new", "--rotary-base", 20000)
+    assert f"the weights in {saved} were trained with: {changed}" in capfd.readouterr().out
+    derived("--pretrained-checkpoint", saved, "--save", tmp_path / "new")
+    assert "angles" not in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ["--save", "--load", "--pretrained-checkpoint"])
 def test_a_store_is_no_folder_for_checkpoints(refusal, flag):
     assert f"{flag} msc://bucket/run is no folder" in refusal(flag, "msc://bucket/run")

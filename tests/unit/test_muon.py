@@ -76,6 +76,19 @@ def test_what_does_not_fit_has_its_sentence(check, flags, sentence):
         check(*flags)
 
 
+def test_graphs_are_refused_where_ranks_share_the_matrices(check):
+    from rat_megatron.training.arguments.optimizer import check_optimizer
+
+    args = check("--optimizer", "muon", "--bf16", "--use-distributed-optimizer")
+    args.cuda_graph_impl = "full_iteration"  # which is refused earlier without a GPU
+    check_optimizer(args)
+    args.world_size, args.tensor_model_parallel_size = 2, 2
+    check_optimizer(args)
+    args.world_size = 4
+    with pytest.raises(UserError, match="does not train under --cuda-graph-impl on several data-parallel ranks"):
+        check_optimizer(args)
+
+
 def test_the_package_may_be_missing(check, monkeypatch):
     from rat_megatron.training.arguments import optimizer
 

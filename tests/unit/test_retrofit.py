@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -144,6 +145,19 @@ def test_a_checkpoint_that_was_no_other_model_does_not_go_back(original, tmp_pat
     convert_from_hf(tmp_path / "ratplus", tmp_path / "again")
     with pytest.raises(UserError, match="was not made by 'rat-megatron convert retrofit'"):
         convert_to_hf(tmp_path / "again", tmp_path / "back", without_memory=True)
+
+
+@pytest.mark.parametrize("preset", [[], ["--rat-preset", "retrofit-135m"]], ids=["", "preset"])
+def test_a_run_has_the_architecture_of_its_checkpoint(original, tmp_path, monkeypatch, megatron_process, preset):
+    from rat_megatron.training.arguments import read_command_line
+
+    convert_retrofit(original("qwen3"), tmp_path / "checkpoints")
+    monkeypatch.setattr(sys, "argv", ["pretrain_rat.py", "--pretrained-checkpoint", str(tmp_path / "checkpoints"), *preset])
+    args = read_command_line()
+    sizes = (args.num_layers, args.hidden_size, args.kv_channels, args.num_query_groups, args.ffn_hidden_size, args.rotary_base)
+    assert sizes == (4, 32, 16, 2, 48, 1000000) and args.swiglu and args.qk_layernorm and args.rat_gate_bias
+    assert not args.attention_output_gate and not args.untie_embeddings_and_output_weights and args.layernorm_epsilon == 1e-5
+    assert (args.lr, args.rat_arl_pattern) == ((3e-4, "d64") if preset else (None, None))
 
 
 def test_gates_begin_alike(original):

@@ -27,7 +27,7 @@ def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None
     defaults = vars(parser.parse_args([]))
     for name, reason in unused_flags(args, groups, defaults):
         raise UserError(f"{flags[name]} {reason}" + ("" if ": " in reason else ": leave it out"))
-    _check_rotary(args, flags, defaults)
+    _check_options(args, flags, defaults)
     if args.transformer_impl not in ("local", "transformer_engine"):
         raise UserError(f"--transformer-impl {args.transformer_impl} cannot train: give transformer_engine or local")
     if args.spec not in (None, SPEC):
@@ -36,8 +36,8 @@ def check_architecture(args: Namespace, parser: argparse.ArgumentParser) -> None
         )
 
 
-def _check_rotary(args: Namespace, flags: dict[str, str], defaults: dict[str, Any]) -> None:
-    """One way of scaling RoPE at a time, and no flag of another."""
+def _check_options(args: Namespace, flags: dict[str, str], defaults: dict[str, Any]) -> None:
+    """One way of scaling RoPE at a time, and no flag that another one would have to go with."""
     yarn = args.position_embedding_type == "yarn"
     scaled = [name for name in ("use_rope_scaling", "rotary_seq_len_interpolation_factor") if getattr(args, name)]
     if len(scaled) + yarn > 1:
@@ -47,5 +47,7 @@ def _check_rotary(args: Namespace, flags: dict[str, str], defaults: dict[str, An
         raise UserError(f"{flags[of_yarn]} would change nothing without --position-embedding-type yarn: leave it out")
     if yarn and args.rotary_scaling_factor < 1:
         raise UserError(f"--rotary-scaling-factor {args.rotary_scaling_factor} would shorten the range of RoPE: give 1 or more")
+    if args.rat_gate_bias and not args.rat_recurrence:
+        raise UserError("--rat-gate-bias is for the layer with a recurrence, and --no-rat-recurrence leaves that out: leave out one")
     if args.rat_qk_layernorm_over_heads and not args.qk_layernorm:
         raise UserError("--rat-qk-layernorm-over-heads says how --qk-layernorm is computed: give that too")

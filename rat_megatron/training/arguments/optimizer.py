@@ -72,9 +72,13 @@ def _check_muon(args: Namespace) -> None:
     for flag, is_given in unfit.items():
         if is_given:
             raise UserError(f"--optimizer muon is not supported with {flag}: leave it out")
-    if args.use_distributed_optimizer and args.cuda_graph_impl == "full_iteration" and args.data_parallel_size > 1:
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.use_distributed_optimizer and args.cuda_graph_impl == "full_iteration" and args.world_size > model:
         # Seen on two GPUs: the run stands still.
-        raise UserError("--optimizer muon with --use-distributed-optimizer does not train under --cuda-graph-impl: leave either out")
+        raise UserError(
+            "--optimizer muon with --use-distributed-optimizer does not train under --cuda-graph-impl on several data-parallel ranks: "
+            "leave either out"
+        )
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
 
     known = [name for name in get_args(NSCoeffT) if name != "custom"]  # which no flag gives the values of
