@@ -76,7 +76,7 @@ def scans(dtype: torch.dtype) -> None:
     backward(*ops.gated_scan(f, k, v, torch.zeros(2, 1, 2, HN)))
     with torch.no_grad():
         ops.gated_scan(*(random(8192, 1, 1, HN, dtype=dtype) for _ in range(3)), None, *tables(8192))  # in groups
-    backward(*ops.scan_mixed_qkv(random(64, 1, 2, 7 * HN, dtype=dtype), 2 * HN, *tables(64)))
+    backward(*ops.scan_mixed_qkv(random(64, 1, 2, 7 * HN, dtype=dtype), [2 * HN, 2 * HN, HN, HN, HN], *tables(64)))
     ops.scan_summary(f, k, v)
     ops.adjoint_summary(f, k, v)
     ops.states_of_chunks(torch.rand(2, 2, 2, HN), torch.rand(2, 2, 2, 2, HN), 1)

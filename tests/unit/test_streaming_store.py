@@ -170,7 +170,10 @@ def test_a_shard_damaged_in_the_store_never_trains(store, cache, fault, problem)
     (store.folder / SHARD).write_bytes(content[:-7] if fault == "truncate" else content[:-7] + bytes([content[-7] ^ 4]) + content[-6:])
     with pytest.raises(UserError, match=f"^{store.url}/{SHARD} {problem}.*, also when downloaded again: copy or prepare the data anew$"):
         read(store, cache, num_workers=1)
-    assert store.gets[SHARD] >= download.DAMAGED_COPIES  # another thread may have begun to try too
+    assert store.gets[SHARD] >= download.DAMAGED_COPIES  # another thread may have begun to try too, and ends on its own
+    deadline = time.monotonic() + 30
+    while list(Path(cache).rglob(f"*00001*{download.UNFINISHED}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not list(Path(cache).rglob("*00001*")), "neither the damaged copy nor a part of it stays"
 
 
