@@ -13,10 +13,21 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
+
+HEAD_DIMS = range(16, 257, 16)
+"""Those of the kernels of attention."""
+
+
+def fill_tiles(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Zeros behind the head dimension, the last, up to a power of two: they change no product of queries and keys."""
+    head_dim = tensors[0].shape[-1]
+    missing = (1 << (head_dim - 1).bit_length()) - head_dim
+    return [F.pad(x, (0, missing)) if missing else x for x in tensors]
 
 
 def triton_takes(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels serve these tensors: on a CUDA device, in a type they compute in, with a head dimension that fills a tile.
+    """Whether the kernels serve these tensors: on a CUDA device, in a type they compute in, with a head dimension of whole multiples of 16.
 
     Never with RAT_KERNELS=torch in the environment, to see whether a kernel is at fault.
     """
@@ -24,7 +35,7 @@ def triton_takes(*tensors: torch.Tensor) -> bool:
         return False
     head_dim = tensors[0].shape[-1]
     types = (torch.bfloat16, torch.float16, torch.float32)
-    tileable = 16 <= head_dim <= 256 and not head_dim & (head_dim - 1)
+    tileable = head_dim in HEAD_DIMS
     return tileable and all(x.is_cuda and x.dtype in types for x in tensors) and find_spec("triton") is not None
 
 

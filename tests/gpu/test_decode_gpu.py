@@ -79,7 +79,7 @@ def test_query_heads_share_key_heads(heads, groups):
     check_steps("d4w3s2", heads, groups, torch.float32, 1e-6)
 
 
-@pytest.mark.parametrize("dim", [16, 256])
+@pytest.mark.parametrize("dim", [16, 64, 96, 128, 256])
 def test_head_dimensions(dim):
     check_steps("d4w3s2", 4, 2, torch.bfloat16, 1e-2, dim=dim)
     check_steps("d4w3s2", 4, 2, torch.float32, 1e-6, dim=dim)

@@ -53,6 +53,10 @@ def check(function, expected_function, inputs: list[torch.Tensor], repeatable: b
         ("d16w100s4", 777, 4, 2, 3, 128, BF16),
         ("w256s4", 700, 4, 4, 1, 64, BF16),
         ("d16w64s4", 500, 2, 2, 1, 256, BF16),
+        ("d64", 700, 2, 1, 2, 256, BF16),
+        ("d16w64s4", 500, 4, 2, 2, 96, BF16),
+        ("d64", 1024, 3, 1, 1, 96, BF16),
+        ("w64s4", 300, 3, 3, 1, 96, FP32),
         ("d64s4", 513, 4, 1, 2, 128, FP16),
         ("d4w900s70", 300, 2, 1, 1, 128, FP16),
         ("s400", 300, 2, 2, 1, 128, BF16),
@@ -88,6 +92,7 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         ("w5s1", 300, 2, 1, 2, 128, FP16),
         ("d16w100s4", 500, 2, 2, 1, 256, BF16),
         ("d64s4", 63, 2, 2, 1, 32, BF16),
+        ("d16w20s4", 400, 4, 2, 2, 96, BF16),
         ("d16w40s3", 257, 2, 1, 2, 128, FP32),
         ("d16", 33000, 1, 1, 1, 128, BF16),  # cuDNN's, which wants the queries turned before
     ],
@@ -114,10 +119,13 @@ def test_gradients_flow_through_turned_queries():
     )
 
 
-@pytest.mark.parametrize(("word", "length"), [("d16", 1024), ("d16", 1003), ("d16s4", 1030), ("d16w32s4", 1024)])
-def test_folded_queries_agree_with_a_masked_softmax(word, length):
-    options = {"head": HeadPattern.parse(word), "softmax_scale": 128**-0.5}
-    inputs = [random(length, 2, n, 128, BF16) for n in (4, 2, 2)]
+@pytest.mark.parametrize(
+    ("word", "length", "dim"),
+    [("d16", 1024, 128), ("d16", 1003, 128), ("d16s4", 1030, 128), ("d16w32s4", 1024, 128), ("d16", 1024, 64), ("d16s4", 1030, 96)],
+)
+def test_folded_queries_agree_with_a_masked_softmax(word, length, dim):
+    options = {"head": HeadPattern.parse(word), "softmax_scale": dim**-0.5}
+    inputs = [random(length, 2, n, dim, BF16) for n in (4, 2, 2)]
     check(partial(dilated_attention, implementation="folded", **options), partial(masked_attention, **options), inputs, repeatable=False)
 
 

@@ -63,7 +63,9 @@ def test_values_and_gradients(length, dtype, tolerance):
         assert_close([adjoint], [definition.adjoint_summary(exact[0], weights[0].double(), weights[1].double())], 1e-6)
 
 
-@pytest.mark.parametrize(("hn", "dtype", "tolerance"), [(128, torch.bfloat16, 3e-3), (96, torch.float32, 1e-6)])
+@pytest.mark.parametrize(
+    ("hn", "dtype", "tolerance"), [(hn, torch.bfloat16, 3e-3) for hn in (64, 96, 128, 256)] + [(96, torch.float32, 1e-6)]
+)
 def test_rope_on_the_keys_alone(hn, dtype, tolerance):
     inputs = random_inputs(300, 2, hn, dtype, batch=3)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -120,13 +122,16 @@ def test_chunks_joined_by_their_summaries_equal_one_scan(length, logit):
     assert_close([*(torch.cat(x) for x in zip(*outputs, strict=True)), state], exact, 2e-6)
 
 
-@pytest.mark.parametrize(("length", "groups", "query_width"), [(300, 3, 256), (4096, 2, 128)])
-def test_scan_of_a_projection_is_that_of_its_slices(length, groups, query_width):
-    cos, sin = (table(torch.rand(length, 64, device="cuda") * 6) for table in (torch.cos, torch.sin))
-    projection = torch.randn(length, 2, groups, 2 * query_width + 3 * 128, device="cuda").bfloat16().requires_grad_()
-    query, gate, k, v, f = projection.split([query_width, query_width, 128, 128, 128], dim=-1)
-    heads = apply_rotary(query.unflatten(-1, (-1, 128)), cos[:, None, None, None], sin[:, None, None, None]).flatten(-2)
-    expected = heads, gate, *gated_scan(f, k, v, None, cos, sin)[:2]
+@pytest.mark.parametrize(
+    ("length", "groups", "heads", "hn"), [(300, 3, 2, 128), (4096, 2, 1, 128), (300, 2, 3, 64), (300, 2, 2, 96), (300, 1, 2, 256)]
+)
+def test_scan_of_a_projection_is_that_of_its_slices(length, groups, heads, hn):
+    query_width = heads * hn
+    cos, sin = (table(torch.rand(length, hn // 2, device="cuda") * 6) for table in (torch.cos, torch.sin))
+    projection = torch.randn(length, 2, groups, 2 * query_width + 3 * hn, device="cuda").bfloat16().requires_grad_()
+    query, gate, k, v, f = projection.split([query_width, query_width, hn, hn, hn], dim=-1)
+    turned = apply_rotary(query.unflatten(-1, (-1, hn)), cos[:, None, None, None], sin[:, None, None, None]).flatten(-2)
+    expected = turned, gate, *gated_scan(f, k, v, None, cos, sin)[:2]
     used_up = projection.detach().clone().requires_grad_()
     outputs = public.scan_mixed_qkv(used_up, query_width, cos, sin)
     assert all("ScanMixedQkv" in type(x.grad_fn).__name__ for x in outputs), "one gradient buffer, not five to join"

@@ -10,13 +10,18 @@ from rat_megatron.hf import RatPlusCache, RatPlusConfig, RatPlusForCausalLM
 from rat_megatron.ratplus import attention_ratplus
 from tests.unit.test_hf_generate import pad, random_tokens
 
-PATTERNS = ["dense", "d4", "d16w8s4", "w8s2", "[dense,d4w2]", "{dense*2,d4,w2s1}", "d4k3", "d4k4+d"]
+PATTERNS = ["dense", "d4", "d16w8s4", "w8s2", "[dense,d4w2]", "{dense*2,d4,w2s1}", "d4k3", "d4k4+d", "snap16w4"]
+LAYERS = [
+    {"use_output_gate": False, "attention_bias": True, "head_dim": 64},
+    {"qk_norm": "head", "gate_bias": True, "head_dim": 96, "hidden_act": "silu"},
+    {"qk_norm": "layer", "norm_position": "after", "head_dim": 256, "rotary_percent": 0.5},
+]
 
 
-def model_on_gpu(pattern: str, dtype: torch.dtype = torch.float32) -> RatPlusForCausalLM:
+def model_on_gpu(pattern: str, dtype: torch.dtype = torch.float32, **layer) -> RatPlusForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = RatPlusForCausalLM(RatPlusConfig(**sizes, attention_pattern=pattern, pad_token_id=0))
+    model = RatPlusForCausalLM(RatPlusConfig(**sizes, attention_pattern=pattern, pad_token_id=0, **layer))
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
     return model.to("cuda", dtype).eval()
@@ -40,10 +45,21 @@ def test_kernels_change_nothing(pattern, monkeypatch):
     with_kernels = decoded(model_on_gpu(pattern), ids, mask, rest)
     monkeypatch.setattr(attention_ratplus, "kernels", None)
     without = decoded(model_on_gpu(pattern, torch.float64), ids, mask, rest)
-    if "k" in pattern:  # a near tie may fall the other way, and change what follows
+    if "k" in pattern or "snap" in pattern:  # a near tie may fall the other way, and change what follows
         assert ((with_kernels - without).abs().amax(-1) < 1e-2).float().mean() > 0.9
     else:
         assert (with_kernels - without).norm() / without.norm() < 1e-3  # fp32 products on the tensor cores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: " ".join(map(str, layer.values())))
+def test_layers_beyond_the_papers(layer, monkeypatch):
+    ids, mask = (x.cuda() for x in pad([random_tokens(n) for n in (3, 200, 77)]))
+    rest = random_tokens(3, 20).cuda()
+    with_kernels = decoded(model_on_gpu("d16w8s4", **layer), ids, mask, rest)
+    monkeypatch.setattr(attention_ratplus, "kernels", None)
+    without = decoded(model_on_gpu("d16w8s4", torch.float64, **layer), ids, mask, rest)
+    assert (with_kernels - without).norm() / without.norm() < 1e-3
 
 
 @torch.no_grad()

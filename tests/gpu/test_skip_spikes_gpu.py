@@ -76,7 +76,7 @@ def different(there: dict[str, torch.Tensor], here: dict[str, torch.Tensor]) -> 
     ids=["bf16", "fp8", "graphs", "all graphs, fp8", "precision-aware", "moments in bf16"],
 )
 def test_what_is_left_out_has_never_been(train, tmp_path, capfd, flags, factor):
-    losses = train(f"{flags} --rat-skip-spikes 30 --save {tmp_path} --save-interval 1", factor)
+    losses = train(f"{flags} --rat-skip-spikes 30 --save {tmp_path} --save-interval 1 --no-async-save", factor)
     log = capfd.readouterr().out
     assert log.count("is left out") == 1 and f"iteration {POISONED} is left out" in log
     earlier, before, after = (state(tmp_path, iteration) for iteration in (POISONED - 2, POISONED - 1, POISONED))

@@ -53,7 +53,9 @@ def test_equals_the_torch_implementation_in_float64(word, length, dtype, toleran
     check(word, length, 4, 2, dtype, tolerance, monkeypatch)
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (128, torch.float32), (256, torch.bfloat16), (16, torch.float16)])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(hn, torch.bfloat16) for hn in (64, 96, 128, 256)] + [(128, torch.float32), (96, torch.float32), (16, torch.float16)]
+)
 def test_head_dimensions(dim, dtype, monkeypatch):
     check("d64k4", 700, 2, 2, dtype, 1e-2, monkeypatch, dim)
 

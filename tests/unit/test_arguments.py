@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from rat_megatron.errors import UserError
 from rat_megatron.ratplus.pattern import PatternError
@@ -311,6 +312,13 @@ def test_cuda_graphs_leave_megatrons_checks_out(check, tiny_data, monkeypatch):
     assert graphs["rerun_mode"] == "disabled" and graphs["check_for_nan_in_loss_and_grad"] is False
     assert "rerun_mode" not in check(*good, "--cuda-graph-impl", "full_iteration", "--rerun-mode", "report_stats")[1]
     assert not {"rerun_mode", "check_for_nan_in_loss_and_grad"} & check(*good)[1].keys()
+
+
+def test_cuda_graphs_need_heads_that_the_kernels_take(check, tiny_data, monkeypatch):
+    graphs = [*MODEL_FLAGS, *TRAIN_FLAGS, "--train-iters", 1, "--data-path", tiny_data, "--cuda-graph-impl", "full_iteration"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="whose heads are multiples of 16 wide up to 256, not 40: leave it out"):
+        check(*graphs, "--kv-channels", 40)
 
 
 def test_cuda_graphs_hold_no_wait_for_the_device(check, tiny_data, monkeypatch):

@@ -92,6 +92,8 @@ if __name__ == "__main__":
     for splits in (1, 2, 3):
         check_steps_equal_the_torch_step("dense", 2, 2, torch.float32, 1e-6, [77, 30], splits)
         check_steps_equal_the_torch_step("d2w3s2", 6, 2, torch.float32, 1e-6, [36, 3], splits)
+    for splits in (1, 2):
+        check_steps_equal_the_torch_step("d2w3s2", 2, 1, torch.float32, 1e-6, [36, 3], splits, head_dim=48)
     for heads in (1, 20):
         check_steps_equal_the_torch_step("d2w3s2", heads, 1, torch.float16, 1e-3, RAGGED)  # the interpreter multiplies no bf16 matrices
     check_steps_equal_the_torch_step("d4", 1, 1, torch.float32, 1e-6, [79, 80, 86], steps=4)  # full rows

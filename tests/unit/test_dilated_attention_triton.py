@@ -39,6 +39,7 @@ TURNED = [
     ("d8", 20, 2, 1, 1, 64),
     ("d4w3", 1, 1, 1, 1, 16),
     ("d4w3s2", 18, 1, 1, 1, 256),
+    ("d4w3s2", 21, 2, 1, 2, 48),
 ]
 # Pattern, length, first query, keys held before it.
 SEGMENTS = [("d4s3", 30, 17, 0), ("d4w3s2", 30, 13, 5), ("w4s6", 25, 12, 8), ("d4s6", 30, 3, 0)]
@@ -87,10 +88,10 @@ def check_whole(word: str, length: int, heads: int, groups: int, batch: int, dty
     compare(partial(fused.dilated_attention, head=head, softmax_scale=SCALE), expected, inputs, tolerance)
 
 
-def check_segment(word: str, length: int, start: int, before: int) -> None:
+def check_segment(word: str, length: int, start: int, before: int, dim: int = DIM) -> None:
     head = HeadPattern.parse(word)
     at = reference.kept_positions(head, length)
-    q, k, v = (random(length, n, 2, torch.float32).detach() for n in (2, 1, 1))
+    q, k, v = (random(length, n, 2, torch.float32, dim).detach() for n in (2, 1, 1))
     inputs = [q[start:], k[start - before :], v[start - before :], k[at], v[at]]
     inputs = [x.clone().requires_grad_() for x in inputs]
     options = {"head": head, "softmax_scale": SCALE, "start": start}
@@ -183,6 +184,7 @@ if __name__ == "__main__":
     check_turned("{dense,d4,d4k3,w5s1}", 33, 4, 2, 2, 16, torch.float32, 1e-5)
     for case in SEGMENTS:
         check_segment(*case)
+    check_segment("d4w3s2", 30, 13, 5, dim=48)
     check_any_memory_layout()
     check_large_scores()
     check_refuses_what_does_not_fit()

@@ -61,8 +61,8 @@ def random(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape).to(dtype).requires_grad_()
 
 
-def tables(length: int) -> list[torch.Tensor]:
-    return [table(torch.rand(length, HN // 2)) for table in (torch.cos, torch.sin)]
+def tables(length: int, hn: int = HN) -> list[torch.Tensor]:
+    return [table(torch.rand(length, hn // 2)) for table in (torch.cos, torch.sin)]
 
 
 def backward(*outputs: torch.Tensor) -> None:
@@ -113,14 +113,14 @@ def top_k(word: str) -> None:
     backward(topk_attention(q, k, v, AttentionPattern.parse(word).layer(0).heads[0], 0.1))
 
 
-def decoding(word: str, splits: int, monkeypatch) -> None:
+def decoding(word: str, splits: int, hn: int, monkeypatch) -> None:
     from rat_megatron.ops.decode import triton as decode_triton
     from rat_megatron.ratplus.head_cache_ratplus import HeadCache
 
     monkeypatch.setattr(decode_triton, "_split_count", lambda *args: splits)
-    cache = HeadCache(HeadPattern.parse(word), torch.empty(3, 2, 1, HN, dtype=torch.bfloat16), 512, "bounds")
-    q, f, k, v = (torch.randn(3, heads, HN).bfloat16() for heads in (4, 2, 2, 2))
-    decode_triton.decode_step(q, f, k, v, *tables(3), cache, torch.full((3,), 7), 1 / math.sqrt(HN))
+    cache = HeadCache(HeadPattern.parse(word), torch.empty(3, 2, 1, hn, dtype=torch.bfloat16), 512, "bounds")
+    q, f, k, v = (torch.randn(3, heads, hn).bfloat16() for heads in (4, 2, 2, 2))
+    decode_triton.decode_step(q, f, k, v, *tables(3, hn), cache, torch.full((3,), 7), 1 / math.sqrt(hn))
 
 
 def test_every_kernel_compiles(compiled, monkeypatch):
@@ -131,8 +131,8 @@ def test_every_kernel_compiles(compiled, monkeypatch):
     attention_after_cudnn(monkeypatch)
     for word in ("d64k4", "d16k4+d"):
         top_k(word)
-    for word, splits in (("d16w8s4", 1), ("dense", 2)):
-        decoding(word, splits, monkeypatch)
+    for word, splits, hn in (("d16w8s4", 1, HN), ("dense", 2, HN), ("dense", 2, 96)):
+        decoding(word, splits, hn, monkeypatch)
     assert compiled.keys() == launched_kernels()
     assert max(compiled.values()) <= 227 * 1024, "shared memory that a program can have on an H100"
 

@@ -85,7 +85,7 @@ def test_graphs_are_refused_where_ranks_share_the_matrices(check):
     args.world_size, args.tensor_model_parallel_size = 2, 2
     check_optimizer(args)
     args.world_size = 4
-    with pytest.raises(UserError, match="does not train under --cuda-graph-impl on several data-parallel ranks"):
+    with pytest.raises(UserError, match="has not been tried under --cuda-graph-impl on several data-parallel ranks"):
         check_optimizer(args)
 
 

@@ -36,12 +36,12 @@ def values_and_gradients(attention, inputs, grad_out, *arguments) -> list[torch.
     return [out, *torch.autograd.grad(out, inputs, grad_out)]
 
 
-def check_equals_the_torch_implementation(word, length, heads, groups, tile, q_positions=None, k_positions=None, fused_blocks=512):
+def check_equals_the_torch_implementation(word, length, heads, groups, tile, q_positions=None, k_positions=None, fused_blocks=512, dim=16):
     from rat_megatron.ops.topk_attention import triton as topk_attention_triton
 
     topk_attention_triton._TILE, topk_attention_triton._FUSED_BLOCKS = tile, fused_blocks
     topk_attention_triton._SCORES = 100  # of which torch chooses a few rows at a time
-    *inputs, grad_out = draw(length, heads, groups)
+    *inputs, grad_out = draw(length, heads, groups, dim)
     every = torch.arange(length)
     q_at, k_at = (every if at is None else at for at in (q_positions, k_positions))
     inputs[0], grad_out = inputs[0][:, :, : len(q_at)], grad_out[:, :, : len(q_at)]
@@ -54,7 +54,7 @@ def check_equals_the_torch_implementation(word, length, heads, groups, tile, q_p
 
 
 def check_errors():
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match="multiple of 16"):
         topk_attention(*(torch.zeros(1, 1, 4, 24) for _ in range(3)), HeadPattern.parse("d2k2"), 1.0, implementation="triton")
     with pytest.raises(ValueError, match="cannot attend"):
         topk_attention(
@@ -67,6 +67,7 @@ if __name__ == "__main__":
         for length in (1, 37):
             check_equals_the_torch_implementation(word, length, 2, 2, tile=16)
     check_equals_the_torch_implementation("d70k3+d", 161, 1, 1, tile=64)
+    check_equals_the_torch_implementation("d8k3+d", 33, 2, 1, tile=16, dim=48)
     for groups in (1, 2):
         check_equals_the_torch_implementation("d8k3+d", 33, 4, groups, tile=16)
     for word in ("d4k2", "d4k4+d"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rat_megatron.ops.dilated_attention import folding, kernels
-from rat_megatron.ops.dispatch import processor_count
+from rat_megatron.ops.dispatch import HEAD_DIMS, fill_tiles, processor_count
 from rat_megatron.ops.rope import apply_rope, check_rope
 from rat_megatron.ratplus.pattern import HeadPattern
 
@@ -38,7 +38,8 @@ def dilated_attention(
     """Softmax attention of a whole sequence, in which every query sees the keys that one positional pattern keeps.
 
     q: [s, b, np, hn]; k and v: [s, b, ng, hn], with unit stride in hn and any other strides; bf16, fp16 or fp32. np is a multiple of ng
-    and head h reads group h // (np // ng). hn is a power of two from 16 to 256. Returns [s, b, np, hn], contiguous.
+    and head h reads group h // (np // ng). hn is a multiple of 16 up to 256; copies are
+    filled up with zeros where it is no power of two. Returns [s, b, np, hn], contiguous.
     ``implementation`` overrides how the dilated past is computed: "triton", or "folded" for cuDNN on folded queries, whose backward
     is not deterministic and therefore never the choice when gradients are wanted. cos and sin [s, hn / 2]: q comes before RoPE and is
     turned by them, as apply_rope() does. Raises ValueError for inputs that do not fit.
@@ -56,9 +57,12 @@ def dilated_attention(
     if implementation is None and not learning:
         folded = folding.can_fold(q, head) and q.shape[0] >= _FOLD_FROM * head.dilation
     tables = () if cos is None else (cos.contiguous(), sin.contiguous())
-    if tables and (learning or folded):  # backward and cuDNN read the turned queries
+    hn = q.shape[3]
+    if tables and (learning or folded or hn & (hn - 1)):  # backward and cuDNN read the turned queries, and filled ones have other halves
         q, tables = apply_rope(q, *tables), ()
-    return _DilatedAttention.apply(q, k, v, k.detach()[:0], v.detach()[:0], head, softmax_scale, 0, folded, tables)
+    q, k, v = fill_tiles(q, k, v)
+    out = _DilatedAttention.apply(q, k, v, k.detach()[:0], v.detach()[:0], head, softmax_scale, 0, folded, tables)
+    return out[..., :hn].contiguous()
 
 
 def segment_attention(
@@ -78,7 +82,9 @@ def segment_attention(
         raise ValueError(
             f"{_entries(head.dilation, head.sinks, base)} keys are kept before position {base}: {list(kept_k.shape)} does not hold them"
         )
-    return _DilatedAttention.apply(q, k, v, kept_k, kept_v, head, softmax_scale, start, False, ())
+    hn = q.shape[3]
+    q, k, v, kept_k, kept_v = fill_tiles(q, k, v, kept_k, kept_v)
+    return _DilatedAttention.apply(q, k, v, kept_k, kept_v, head, softmax_scale, start, False, ())[..., :hn].contiguous()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: float) -> None:
@@ -88,8 +94,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, head: HeadPattern, softmax_scale: fl
         raise ValueError(f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} do not fit together")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"queries, keys and values are one of bf16, fp16 and fp32, not {q.dtype}, {k.dtype} and {v.dtype}")
-    if q.shape[3] not in (16, 32, 64, 128, 256) or softmax_scale <= 0:
-        raise ValueError(f"head size {q.shape[3]} is not a power of two from 16 to 256, or scale {softmax_scale} is not positive")
+    if q.shape[3] not in HEAD_DIMS or softmax_scale <= 0:
+        raise ValueError(f"head size {q.shape[3]} is not a multiple of 16 up to 256, or scale {softmax_scale} is not positive")
 
 
 class _DilatedAttention(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 from torch.autograd.function import once_differentiable
 
+from rat_megatron.ops.dispatch import HEAD_DIMS, fill_tiles
 from rat_megatron.ops.topk_attention.kernels import topk_choice, topk_forward, topk_key_grad, topk_query_grad
 from rat_megatron.ratplus.attention_ratplus import choose_blocks
 from rat_megatron.ratplus.pattern import HeadPattern
@@ -29,12 +30,13 @@ def topk_attention(
     q_positions: torch.Tensor | None = None,
     k_positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """bf16, fp16 or fp32, hn a power of two from 16 on. Absent positions spare a copy of the keys. Returns [b, np, sq, hn] laid out
+    """bf16, fp16 or fp32, hn a multiple of 16 up to 256. Absent positions spare a copy of the keys. Returns [b, np, sq, hn] laid out
     like q; results do not change between runs. Raises ValueError for other head dimensions.
     """
     head_dim = q.shape[3]
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise ValueError(f"the top-k kernel needs a head dimension that is a power of two from 16 on, not {head_dim}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the top-k kernel needs a head dimension that is a multiple of 16 up to 256, not {head_dim}")
+    q, k, v = fill_tiles(q, k, v)
     if k_positions is not None:
         order = k_positions.argsort()
         k, v = k[:, :, order], v[:, :, order]
@@ -43,7 +45,7 @@ def topk_attention(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     with torch.no_grad():
         chosen = _chosen_blocks(q, k, head, q_positions)
-    return _TopkAttention.apply(q, k, v, chosen, q_positions.to(torch.int32), head, softmax_scale)
+    return _TopkAttention.apply(q, k, v, chosen, q_positions.to(torch.int32), head, softmax_scale)[..., :head_dim]
 
 
 def _chosen_blocks(q: torch.Tensor, k: torch.Tensor, head: HeadPattern, q_positions: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from rat_megatron.errors import UserError
+from rat_megatron.ops.dispatch import HEAD_DIMS
 from rat_megatron.ratplus.pattern import AttentionPattern
 from rat_megatron.training.arguments import presets
 from rat_megatron.training.arguments.batch_size import check_batches, derive_batch_sizes
@@ -97,6 +98,9 @@ def _check_features(args: Namespace) -> None:
         )
     if args.cuda_graph_impl != "none" and not cuda:
         raise UserError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out on this machine")
+    width = args.kv_channels or args.hidden_size // args.num_attention_heads
+    if args.cuda_graph_impl != "none" and width not in HEAD_DIMS:
+        raise UserError(f"--cuda-graph-impl needs the kernels, whose heads are multiples of 16 wide up to 256, not {width}: leave it out")
     if args.tp_comm_overlap and not (args.sequence_parallel and args.tensor_model_parallel_size > 1):
         raise UserError("--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size above 1: give both, or leave it out")
     if args.tp_comm_overlap and args.transformer_impl == "local":

@@ -74,9 +74,9 @@ def _check_muon(args: Namespace) -> None:
             raise UserError(f"--optimizer muon is not supported with {flag}: leave it out")
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.use_distributed_optimizer and args.cuda_graph_impl == "full_iteration" and args.world_size > model:
-        # Seen on two GPUs: the run stands still.
+        # No such run has ended well yet; none has been seen on GPUs in a process of its own.
         raise UserError(
-            "--optimizer muon with --use-distributed-optimizer does not train under --cuda-graph-impl on several data-parallel ranks: "
+            "--optimizer muon with --use-distributed-optimizer has not been tried under --cuda-graph-impl on several data-parallel ranks: "
             "leave either out"
         )
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
