@@ -73,7 +73,7 @@ def measure(folder: Path, text: list[Path] | None, tokenizer_name: str | None, m
     texts = _read(text or [folder / "corpus"], megabytes)
     units = {}
     for name, path in _write_inputs(folder, texts).items():
-        [units[name]] = plan_units(list_files([path], excluded=folder / "out"), ("text",))
+        [units[name]] = plan_units(list_files([path], excluded=folder / "out"), {"--text-column": "text"})
     work = folder / "work"
     work.mkdir()
     runs: dict[str, Callable[[], Any]] = {}
@@ -108,8 +108,8 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def _read(paths: list[Path], megabytes: float) -> list[str]:
     texts, size = [], 0
-    for unit in plan_units(list_files(paths, excluded=Path("/nowhere")), ("text",)):
-        for (document,) in read_documents(unit, ("text",)):
+    for unit in plan_units(list_files(paths, excluded=Path("/nowhere")), {"--text-column": "text"}):
+        for (document,) in read_documents(unit, {"--text-column": "text"}):
             texts.append(document)
             size += len(document)
             if size >= megabytes * 1e6:

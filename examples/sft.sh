@@ -5,7 +5,8 @@
 #   examples/sft.sh ANSWERS.jsonl DATA/tokenizer RUN --rat-preset 1.5b --pretrained-checkpoint ADAPTED --rat-pattern d16s4
 #
 # ANSWERS.jsonl has a "prompt" and an "answer" a line. An answer that follows a word begins with its space. What comes after RUN goes to
-# pretrain_rat.py and wins. Settings: SEQ_LENGTH, EPOCHS, VAL_FRACTION, and LAUNCH, such as "torchrun --nproc-per-node 8".
+# pretrain_rat.py and wins. Settings: SEQ_LENGTH, EPOCHS, VAL_FRACTION, LAUNCH, such as "torchrun --nproc-per-node 8", and MESSAGES_COLUMN,
+# such as "messages": then a line has a conversation, which is put into the tokenizer's own chat template, and every answer in it counts.
 set -euo pipefail
 usage="give ANSWERS.jsonl, a tokenizer, a folder for the run, and flags of pretrain_rat.py"
 answers=${1:?$usage} tokenizer=${2:?$usage} run=${3:?$usage}
@@ -13,7 +14,9 @@ shift 3
 batch=32
 
 # Each document becomes a sample of its own; those that are longer than a sample are left out and counted.
-rat-megatron prepare "$answers" --text-column prompt --answer-column answer --output "$run/data" --tokenizer "$tokenizer" \
+columns=(--text-column prompt --answer-column answer)
+[ -z "${MESSAGES_COLUMN:-}" ] || columns=(--messages-column "$MESSAGES_COLUMN")
+rat-megatron prepare "$answers" "${columns[@]}" --output "$run/data" --tokenizer "$tokenizer" \
     --seq-length "${SEQ_LENGTH:-4096}" --val-fraction "${VAL_FRACTION:-0.02}"
 
 samples() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["splits"][sys.argv[2]]["samples"])' "$run/data/rat_meta.json" "$1"; }

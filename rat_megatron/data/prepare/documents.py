@@ -19,13 +19,13 @@ import pyarrow.parquet
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from rat_megatron.data.prepare.inputs import InputFile
+from rat_megatron.data.prepare.settings import MESSAGES
 from rat_megatron.errors import UserError, one_line
 from rat_megatron.files import DISK_FULL
 
 UNIT_BYTES = 32 << 20  # of text, about; fixed, so that units do not depend on the number of workers
 PLANNING_THREADS = 32  # wait for the footers of Parquet files on the Hub
 READ_AHEAD_BYTES = 8 << 20  # asked for at once from the Hub
-COLUMN_FLAGS = ("--text-column", "--answer-column")
 HUB_ATTEMPTS = 6  # to read something from the Hub; waits 1, 2, 4, 8 and 16 seconds between them
 
 
@@ -44,12 +44,13 @@ class Unit:
         return self.files[0].is_remote
 
 
-def plan_units(files: list[InputFile], columns: tuple[str, ...]) -> list[Unit]:
-    """Cuts the files, in order, into units of about UNIT_BYTES. `columns` are those of COLUMN_FLAGS, in their order.
+def plan_units(files: list[InputFile], columns: dict[str, str]) -> list[Unit]:
+    """Cuts the files, in order, into units of about UNIT_BYTES. `columns` are those to be read, by their flags.
 
     Raises UserError for a Parquet or Arrow file without them, and for plain text where more than the text is asked for."""
-    if len(columns) > 1 and (plain := next((file for file in files if file.format == "text"), None)):
-        raise UserError(f"input {plain.location} is plain text and has no {COLUMN_FLAGS[1]}: give JSONL, Parquet or Arrow.")
+    *_, flag = columns
+    if flag != "--text-column" and (plain := next((file for file in files if file.format == "text"), None)):
+        raise UserError(f"input {plain.location} is plain text and has no {flag}: give JSONL, Parquet or Arrow.")
     units: list[Unit] = []
     texts: list[InputFile] = []  # small text files share a unit
     texts_size = 0
@@ -92,7 +93,7 @@ def _unit(files: list[InputFile], begin: int, end: int, size: int) -> Unit:
     return Unit(tuple(files), begin, end, size, key)
 
 
-def _plan_table(file: InputFile, columns: tuple[str, ...]) -> list[Unit]:
+def _plan_table(file: InputFile, columns: dict[str, str]) -> list[Unit]:
     if file.format == "arrow":
         with _readable(file):
             table = _arrow_table(file)
@@ -112,26 +113,32 @@ def _plan_table(file: InputFile, columns: tuple[str, ...]) -> list[Unit]:
     return units
 
 
-def _check_columns(file: InputFile, schema: pyarrow.Schema, columns: tuple[str, ...]) -> None:
-    for flag, column in zip(COLUMN_FLAGS, columns, strict=False):
+def _check_columns(file: InputFile, schema: pyarrow.Schema, columns: dict[str, str]) -> None:
+    for flag, column in columns.items():
         if column not in schema.names:
             raise UserError(f"{file.location} has no column {column!r}, only {', '.join(schema.names)}: choose one with {flag}.")
-        found = schema.field(column).type
-        if not (pyarrow.types.is_string(found) or pyarrow.types.is_large_string(found)):
-            raise UserError(f"column {column!r} of {file.location} holds {found}, not text: choose another with {flag}.")
+        found, types = schema.field(column).type, pyarrow.types
+        wanted, fits = "text", types.is_string(found) or types.is_large_string(found)
+        if flag == MESSAGES:
+            wanted = "conversations"
+            fits = (types.is_list(found) or types.is_large_list(found)) and types.is_struct(found.value_type)
+        if not fits:
+            raise UserError(f"column {column!r} of {file.location} holds {found}, not {wanted}: choose another with {flag}.")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------------------------
 
 
-def read_documents(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def read_documents(unit: Unit, columns: dict[str, str]) -> Iterator[tuple[str, ...]]:
     """The documents of a unit in order, the text of each of `columns`, all valid Unicode; those without a text are left out.
+
+    A conversation comes as JSON.
 
     Raises UserError for what cannot be read."""
     read = {"text": _read_text, "parquet": _read_parquet, "arrow": _read_arrow, "jsonl": _read_jsonl}[unit.files[0].format]
     for texts in read(unit, columns):
         if all(texts):
-            yield tuple(map(_valid, texts))
+            yield tuple(_valid(text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)) for text in texts)
 
 
 def _valid(text: str) -> str:
@@ -178,7 +185,7 @@ def _arrow_table(file: InputFile) -> pyarrow.Table:
     return reader(source).read_all()
 
 
-def _read_text(unit: Unit, _: tuple[str, ...]) -> Iterator[tuple[str]]:
+def _read_text(unit: Unit, _: dict[str, str]) -> Iterator[tuple[str]]:
     for file in unit.files:
         with _readable(file), _open(file) as opened:
             content = opened.read()
@@ -188,25 +195,25 @@ def _read_text(unit: Unit, _: tuple[str, ...]) -> Iterator[tuple[str]]:
             raise UserError(f"{file.location} is not UTF-8 text (byte {error.start}): convert it first.") from error
 
 
-def _read_parquet(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
+def _read_parquet(unit: Unit, columns: dict[str, str]) -> Iterator[tuple[Any, ...]]:
     file, groups = unit.files[0], range(unit.begin, unit.end)
     with _readable(file), pyarrow.parquet.ParquetFile(_source(file), pre_buffer=file.is_remote) as table:
-        for batch in table.iter_batches(batch_size=256, row_groups=list(groups), columns=list(columns)):
+        for batch in table.iter_batches(batch_size=256, row_groups=list(groups), columns=list(columns.values())):
             yield from _rows(batch, columns)
 
 
-def _read_arrow(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
+def _read_arrow(unit: Unit, columns: dict[str, str]) -> Iterator[tuple[Any, ...]]:
     with _readable(unit.files[0]):
         table = _arrow_table(unit.files[0])
         for begin in range(unit.begin, unit.end, 256):
             yield from _rows(table.slice(begin, min(256, unit.end - begin)), columns)
 
 
-def _rows(table: pyarrow.Table | pyarrow.RecordBatch, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
-    return zip(*(table.column(column).to_pylist() for column in columns), strict=True)
+def _rows(table: pyarrow.Table | pyarrow.RecordBatch, columns: dict[str, str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table.column(column).to_pylist() for column in columns.values()), strict=True)
 
 
-def _read_jsonl(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str | None, ...]]:
+def _read_jsonl(unit: Unit, columns: dict[str, str]) -> Iterator[tuple[Any, ...]]:
     """Of a plain file, the lines that begin in [begin, end); of a compressed one, all lines."""
     plain = unit.files[0].compression is None
     with _readable(unit.files[0]), _open(unit.files[0]) as opened:
@@ -220,18 +227,21 @@ def _read_jsonl(unit: Unit, columns: tuple[str, ...]) -> Iterator[tuple[str | No
             position += len(line)
 
 
-def _texts_of_line(line: bytes, file: InputFile, position: int, columns: tuple[str, ...]) -> tuple[str | None, ...]:
+def _texts_of_line(line: bytes, file: InputFile, position: int, columns: dict[str, str]) -> tuple[Any, ...]:
     try:
         document = json.loads(line)
     except ValueError as error:  # also what is not UTF-8
         raise UserError(f"{_place(file, position)} is not JSON ({error}): correct or remove it.") from error
-    for flag, column in zip(COLUMN_FLAGS, columns, strict=False):
+    for flag, column in columns.items():
         if not isinstance(document, dict) or column not in document:
             raise UserError(f"{_place(file, position)} has no field {column!r}: name the one with the text with {flag}.")
         text = document[column]
-        if text is not None and not isinstance(text, str):
+        if flag == MESSAGES and text is not None:
+            if not isinstance(text, list) or not all(isinstance(message, dict) and "role" in message for message in text):
+                raise UserError(f"field {column!r} in {_place(file, position)} is no list of messages, each with a role and its content.")
+        elif text is not None and not isinstance(text, str):
             raise UserError(f"field {column!r} in {_place(file, position)} holds {type(text).__name__}, not text.")
-    return tuple(document[column] for column in columns)
+    return tuple(document[column] for column in columns.values())
 
 
 def _place(file: InputFile, position: int) -> str:

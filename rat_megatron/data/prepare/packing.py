@@ -58,11 +58,11 @@ class Packing:
 def samples_in(parts: list[Part], settings: Settings) -> int:
     """Samples share one token with the next, and a tail of fewer than T tokens is left out; with answers, a sample is a document."""
     total = sum(_sizes(parts, settings))
-    return total if settings.answer_column else max(0, total - 1) // settings.seq_length
+    return total if settings.has_answers else max(0, total - 1) // settings.seq_length
 
 
 def _sizes(parts: list[Part], settings: Settings) -> list[int]:
-    return [part.documents if settings.answer_column else part.tokens for part in parts]
+    return [part.documents if settings.has_answers else part.tokens for part in parts]
 
 
 def pack(parts: list[Part], split: str, settings: Settings, destination: Destination, workers: int) -> None:
@@ -129,7 +129,7 @@ def _write_shard(packing: Packing, shard: int) -> dict[str, Any]:
 def _samples(packing: Packing, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
     """The samples [first, last) of the split, by column."""
     length = packing.settings.seq_length
-    if packing.settings.answer_column:
+    if packing.settings.has_answers:
         for record in np.concatenate(list(_pieces(packing, first, last))):
             yield {name: record[name] for name in record.dtype.names}
     else:
@@ -146,5 +146,5 @@ def _pieces(packing: Packing, begin: int, end: int) -> Iterator[np.ndarray]:
         part, offset = packing.parts[number], int(packing.begins[number])
         within = max(0, begin - offset), min(int(packing.begins[number + 1]), end) - offset
         if within[0] < within[1]:
-            yield (read_records if settings.answer_column else read_tokens)(part, *within, settings)
+            yield (read_records if settings.has_answers else read_tokens)(part, *within, settings)
         number += 1

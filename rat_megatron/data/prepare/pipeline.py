@@ -74,12 +74,19 @@ def prepare(
     answer_column: Annotated[
         str | None, typer.Option(help="For fine-tuning: column of the answer to --text-column's prompt; only it counts in the loss.")
     ] = None,
+    messages_column: Annotated[
+        str | None,
+        typer.Option(
+            help="For fine-tuning on conversations: column of their messages, each with role and content. Every answer of the assistant is "
+            "a sample behind what comes before it, in the tokenizer's chat template; only it counts in the loss."
+        ),
+    ] = None,
     special_tokens: Annotated[
         str | None,
         typer.Option(
             help="What special tokens are that are spelled out in the text: split makes them ordinary text, keep the tokens they name, "
-            "except for the one that ends a document. Default: split; with --answer-column keep, that one included, as chat templates "
-            "spell out turns and `generate --chat` reads them so. A document never ends but at its end."
+            "except for the one that ends a document. Default: split; with --answer-column and --messages-column keep, that one too, as "
+            "chat templates spell out turns and `generate --chat` reads them so. A document never ends but at its end."
         ),
     ] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a data set of the Hub, such as sample-100BT.")] = None,
@@ -96,12 +103,13 @@ def prepare(
     from rat_megatron.data.prepare.documents import plan_units
 
     started = time.perf_counter()
-    special_tokens = special_tokens or ("split" if answer_column is None else "keep")
-    _check_flags(seq_length, workers, val_fraction, text_column, answer_column, special_tokens)
+    special_tokens = special_tokens or ("split" if answer_column is None and messages_column is None else "keep")
+    _check_flags(seq_length, workers, val_fraction, text_column, answer_column, messages_column, special_tokens)
     loaded = load_tokenizer(tokenizer)
     settings = make_settings(
         loaded, tokenizer, eod_token=eod_token, seq_length=seq_length, text_column=text_column,
         val_fraction=val_fraction, seed=seed, deduplicate=deduplicate, answer_column=answer_column, special_tokens=special_tokens,
+        messages_column=messages_column,
     )  # fmt: skip
     with closing(open_destination(output, work_dir)) as destination:
         files = list_files(inputs, Path(work_dir or output), subset, split)
@@ -120,8 +128,9 @@ def prepare(
 
 
 def _check_flags(
-    seq_length: int, workers: int, val_fraction: float, text_column: str, answer_column: str | None, special_tokens: str
-) -> None:
+    seq_length: int, workers: int, val_fraction: float, text_column: str, answer_column: str | None, messages_column: str | None,
+    special_tokens: str,
+) -> None:  # fmt: skip
     if seq_length < 1:
         raise UserError(f"--seq-length {seq_length} must be at least 1.")
     if workers < 1:
@@ -132,6 +141,12 @@ def _check_flags(
         raise UserError(f"--special-tokens {special_tokens} is not known: give keep or split.")
     if answer_column == text_column:
         raise UserError(f"--answer-column {answer_column} is the --text-column too: name the column with the prompt by --text-column.")
+    if messages_column is not None and answer_column is not None:
+        raise UserError("--messages-column and --answer-column are two ways to name answers: give one.")
+    if messages_column is not None and special_tokens == "split":
+        raise UserError(
+            "--special-tokens split would tear the tokens of the chat template apart that --messages-column needs: leave it out."
+        )
 
 
 def _write_tokenizer(tokenizer: Any, destination: Destination) -> None:
@@ -166,7 +181,7 @@ def _write_samples(
     documents, tokens = (sum(counts[what] for counts in splits.values()) for what in ("documents", "tokens"))
     if not splits["train"]["samples"]:
         shutil.rmtree(destination.work)
-        few = f"{tokens} tokens, too few for one" if settings.answer_column is None else f"{documents} documents that fit and none for a"
+        few = f"{tokens} tokens, too few for one" if not settings.has_answers else f"{documents} documents that fit and none for a"
         long = f" ({too_long} have more than {settings.seq_length + 1} tokens)" if too_long else ""
         raise UserError(f"the inputs hold {few} training sample of --seq-length {settings.seq_length}{long}: give more text.")
     for split in SPLITS:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rat_megatron.data.format import FORMAT_VERSION, tokenizer_hash
+from rat_megatron.data.format import FORMAT_VERSION, hash_of, tokenizer_hash
 from rat_megatron.errors import UserError, one_line
+
+MESSAGES = "--messages-column"
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,21 @@ class Settings:
     deduplicate: bool
     answer_column: str | None  # each document is a sample of its own, with a loss on its answer only
     special_tokens: str  # keep | split those that are spelled out in the text
+    messages_column: str | None  # each answer of a conversation is a sample of its own, likewise
+    chat_template_hash: str | None  # of the template that they are put into
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Those that are read of a document."""
-        return (self.text_column,) if self.answer_column is None else (self.text_column, self.answer_column)
+    def columns(self) -> dict[str, str]:
+        """Those that are read of a document, by the flag that names them."""
+        if self.messages_column is not None:
+            return {MESSAGES: self.messages_column}
+        answer = {} if self.answer_column is None else {"--answer-column": self.answer_column}
+        return {"--text-column": self.text_column, **answer}
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether only answers count in the loss."""
+        return self.answer_column is not None or self.messages_column is not None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -45,7 +57,7 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"--tokenizer {name} cannot be loaded, {remedy}: {one_line(error)}.") from error
 
 
-def make_settings(tokenizer: Any, name: str, *, eod_token: str | None, **others: Any) -> Settings:
+def make_settings(tokenizer: Any, name: str, *, eod_token: str | None, messages_column: str | None = None, **others: Any) -> Settings:
     """Settings with what follows from the tokenizer filled in. Raises UserError when no token can end a document."""
     vocabulary = tokenizer.get_vocab()
     if eod_token is not None and eod_token not in vocabulary:
@@ -61,5 +73,7 @@ def make_settings(tokenizer: Any, name: str, *, eod_token: str | None, **others:
         token_dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         tokenizer_name=Path(name).resolve().name if Path(name).is_dir() else name,  # no path of this machine in the data set
         tokenizer_hash=tokenizer_hash(tokenizer),
+        chat_template_hash=None if messages_column is None else hash_of(tokenizer.chat_template),
+        messages_column=messages_column,
         **others,
     )

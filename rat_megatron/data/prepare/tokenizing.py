@@ -1,11 +1,12 @@
 """Units of text -> files of token ids, in worker processes: KEY.train and KEY.val, flat ids, and KEY.json, their counts, which comes last
 and says that they are whole. With --deduplicate each has a KEY.SPLIT.index of one record per document (`INDEX_TYPE`).
 
-With --answer-column, for fine-tuning, every document is a sample of its own (`sample_type`), and only its answer counts in the loss:
-prompt, answer and the end-of-document id, filled up with that id to T+1 tokens. Prompt and answer are tokenized apart, so that the
-prompt's ids are those of the prompt alone, as an evaluation gives it to the model; a space between the two must be in the text of one.
-Special tokens of a chat template are kept, the end-of-document token among them: the column `answer` says where such a sample ends.
-Several documents never share a sample: RAT+'s recurrence does not reset at their ends, so that one would see the others.
+With --answer-column, for fine-tuning, every document is a sample of its own (`sample_type`), and with --messages-column every answer of a
+conversation (`chat.py`); only the answer counts in the loss: prompt, answer and the end-of-document id, filled up with that id to T+1
+tokens. Prompt and answer are tokenized apart, so that the prompt's ids are those of the prompt alone, as an evaluation gives it to the
+model; a space between the two must be in the text of one. Special tokens of a chat template are kept, the end-of-document token among
+them: the column `answer` says where such a sample ends. Several documents never share a sample: RAT+'s recurrence does not reset at their
+ends, so that one would see the others.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rat_megatron.data.format import ANSWER_TYPE, SPLITS
+from rat_megatron.data.prepare.chat import Chat
 from rat_megatron.data.prepare.documents import Unit, read_documents, retrying
 from rat_megatron.data.prepare.pool import run_in_workers
 from rat_megatron.data.prepare.settings import Settings
@@ -35,6 +37,9 @@ from rat_megatron.files import write_json
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 INDEX_TYPE = np.dtype([("first", "<u8"), ("second", "<u8"), ("tokens", "<u8")])  # the text's hash in two words, its ids with the last one
 ARRAY_TYPES = {"uint16": "H", "uint32": "I"}  # a list becomes an array faster through `array` than through numpy
+
+
+type Context = tuple[Path, Any, Settings, Chat | None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Part:
 
 def sample_type(settings: Settings) -> np.dtype:
     """A sample, with answers or without: its fields are the columns of the MDS shards."""
-    answer = [("answer", ANSWER_TYPE, (2,))] if settings.answer_column else []
+    answer = [("answer", ANSWER_TYPE, (2,))] if settings.has_answers else []
     return np.dtype([("tokens", settings.token_dtype, (settings.seq_length + 1,)), *answer])
 
 
@@ -62,7 +67,8 @@ def tokenize(units: list[Unit], work: Path, tokenizer: Any, settings: Settings, 
 
     counts = {unit.key: json.loads(path.read_text()) for unit in units if (path := work / f"{unit.key}.json").is_file()}
     missing = [unit for unit in units if unit.key not in counts]
-    done = run_in_workers(tokenize_unit, (work, text_tokenizer(tokenizer, settings), settings), missing, workers)
+    chat = Chat(tokenizer, settings) if settings.messages_column is not None else None
+    done = run_in_workers(tokenize_unit, (work, text_tokenizer(tokenizer, settings), settings, chat), missing, workers)
     columns = (TextColumn("tokenize"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     started, tokens, rate = time.perf_counter(), 0, 0.0
     total = sum(unit.size for unit in units)
@@ -84,7 +90,7 @@ def tokenize(units: list[Unit], work: Path, tokenizer: Any, settings: Settings, 
 def text_tokenizer(tokenizer: Any, settings: Settings) -> Any:
     """What `tokenize_unit` takes: the tokenizer's fast backend, a quarter faster than through Transformers, which also computes offsets; a
     slow tokenizer as it is. Raises UserError where special tokens are to be kept and a slow tokenizer cannot tell the last one apart."""
-    keeps_all = settings.special_tokens == "keep" and settings.answer_column is not None
+    keeps_all = settings.special_tokens == "keep" and settings.has_answers
     if not tokenizer.is_fast:
         if settings.special_tokens == "keep" and not keeps_all:
             raise UserError("--special-tokens keep needs a fast tokenizer (tokenizer.json): give one with --tokenizer, or leave it out.")
@@ -97,28 +103,29 @@ def text_tokenizer(tokenizer: Any, settings: Settings) -> Any:
     return backend
 
 
-def tokenize_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, Any]:
-    """Writes the files of one unit; its counts. The context has the work folder, the `text_tokenizer` and the settings.
+def tokenize_unit(context: Context, unit: Unit) -> dict[str, Any]:
+    """Writes the files of one unit; its counts. The context has the work folder, the `text_tokenizer`, the settings and a Chat.
 
     A unit of the Hub is tried several times: nothing of a failed attempt stays."""
     return retrying(unit.files[0], _write_unit, context, unit)
 
 
-def _write_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, Any]:
-    work, tokenizer, settings = context
+def _write_unit(context: Context, unit: Unit) -> dict[str, Any]:
+    work, tokenizer, settings, chat = context
     counts = {split: {"documents": 0, "tokens": 0, "too_long": 0} for split in SPLITS}
     names = [*SPLITS, *(f"{split}.index" for split in SPLITS if settings.deduplicate)]
     temporary = {name: work / f"{unit.key}.{name}.{os.getpid()}.tmp" for name in names}
-    batches = _batches(read_documents(unit, settings.columns))
+    documents = read_documents(unit, settings.columns)
+    batches = _batches(chat.answers(documents) if chat else documents)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
         for documents in _read_ahead(batches) if unit.is_remote else batches:
-            encoded = zip(*(_encode(tokenizer, list(texts), settings) for texts in zip(*documents, strict=True)), strict=True)
+            encoded = zip(*(_encode(tokenizer, list(texts), settings) for texts in list(zip(*documents, strict=True))[:2]), strict=True)
             for texts, ids in zip(documents, encoded, strict=True):
-                text = texts[0].encode()
+                text = texts[-1 if chat else 0].encode()
                 split = "val" if _is_held_out(text, settings) else "train"
                 tokens = sum(map(len, ids)) + 1  # with the end-of-document id
-                if settings.answer_column and tokens > settings.seq_length + 1:
+                if settings.has_answers and tokens > settings.seq_length + 1:
                     counts[split]["too_long"] += 1
                     continue
                 files[split].write(_stored(ids, settings))
@@ -135,7 +142,7 @@ def _write_unit(context: tuple[Path, Any, Settings], unit: Unit) -> dict[str, An
 
 def _stored(ids: tuple[list[int], ...], settings: Settings) -> bytes:
     """The ids of one document, of its prompt and answer where there are two, as they are written."""
-    if settings.answer_column:
+    if settings.has_answers:
         return _answer_record(ids[0], ids[1], settings).tobytes()
     return array(ARRAY_TYPES[settings.token_dtype], [*ids[0], settings.eod_id]).tobytes()
 
@@ -184,6 +191,6 @@ def _digest(text: str) -> bytes:
 
 
 def _is_held_out(text: bytes, settings: Settings) -> bool:
-    """By the text, or the prompt alone: all answers to one question are on the same side."""
+    """By the text, the prompt alone or how a conversation begins: all answers to one question are on the same side."""
     digest = hashlib.blake2b(text, digest_size=8, key=str(settings.seed).encode()).digest()
     return int.from_bytes(digest, "big") < settings.val_fraction * 2**64
