@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rat_megatron.data.loader.batches import validation_batches
+from rat_megatron.data.loader.shared_memory import claiming_shared_memory
 from rat_megatron.data.loader.streams import Stream, check_streams
 from rat_megatron.errors import UserError
 from tests.helpers import MODEL_FLAGS, REPOSITORY, TRAIN_FLAGS, pretrain_environment
@@ -111,3 +113,22 @@ def test_two_ranks_of_a_run_end_with_the_sentence(tiny_data, tmp_path):
     own = result.stderr.split("torch/distributed/elastic")[0]  # what the launcher itself says comes after
     assert f"error: shard {shard} is damaged" in own and "Traceback" not in own, result.stderr[-3000:]
     assert "exitcode  : 2 " in result.stderr
+
+
+def test_a_block_that_another_rank_is_just_creating_is_waited_for():
+    from streaming.base.shared import SharedMemory
+
+    path = Path("/dev/shm") / f"rat_megatron_test_{os.getpid()}"
+    path.touch()  # as it is between its creation and its size
+    resized = threading.Timer(0.5, os.truncate, (path, 64))
+    try:
+        with pytest.raises(ValueError, match="empty file"):
+            SharedMemory(name=path.name, size=64, auto_cleanup=False)  # if this no longer fails, Streaming waits by itself
+        resized.start()
+        with claiming_shared_memory():
+            block = SharedMemory(name=path.name, size=64, auto_cleanup=False)
+        assert len(block.buf) >= 64
+        block.shm.close()
+    finally:
+        resized.join()
+        path.unlink()

@@ -2,7 +2,7 @@
 
 Streaming looks for the first free number and takes it in two steps, so two runs that start together may take the same. It refuses a cache
 folder that, by its shared memory, is still in use; its own `clean_stale_shared_memory` takes all blocks there are, also those of live runs.
-Here a block that some process has mapped stays.
+Here a block that some process has mapped stays. It also fails where a rank attaches to a block that another is just creating.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 CHECKED = "rat_checked"  # our own block beside Streaming's: which shards this node has compared with their hashes
+
+_PATIENCE = 60.0  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +36,36 @@ def claiming_shared_memory() -> Iterator[None]:
         if get_local_rank() == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file, or dying, gives it back
         clean_stale_shared_memory()
-        yield
+        with _attaching_patiently():
+            yield
         barrier()
+
+
+@contextmanager
+def _attaching_patiently() -> Iterator[None]:
+    """All ranks of a node create each block or, where it exists, attach to it, 7 ms later. On a busy node it may still have no size then,
+    which ends the run: here it is waited for."""
+    from streaming.base.shared import memory
+
+    original = memory.BuiltinSharedMemory
+    memory.BuiltinSharedMemory = _Sized
+    try:
+        yield
+    finally:
+        memory.BuiltinSharedMemory = original
+
+
+class _Sized(SharedMemory):
+    def __init__(self, name: str | None = None, create: bool = False, size: int = 0):
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return super().__init__(name, create, size)
+            except ValueError:  # an empty file cannot be mapped
+                self.close()
+                if create or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
 
 def clean_stale_shared_memory() -> None:
