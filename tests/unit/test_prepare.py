@@ -190,6 +190,14 @@ def test_runs_killed_at_any_moment_lose_and_repeat_nothing(prepared, inputs, tok
     assert kills and contents(output) == contents(prepared[0])
 
 
+def test_a_run_killed_at_its_very_end_leaves_nothing_behind(prepared, inputs, tokenizer, tmp_path):
+    options = {**EXTRA, "tokenizer": tokenizer}
+    run_until_killed("rat_megatron.data.prepare.packing._write_shard", 3, [inputs], tmp_path / "data", **options)
+    (tmp_path / "data" / "rat_meta.json.7.tmp").write_text("{")  # between its writing and its new name
+    prepare([inputs], tmp_path / "data", **options)
+    assert contents(tmp_path / "data") == contents(prepared[0])
+
+
 def test_a_dead_worker_ends_the_run_with_a_sentence(prepared, inputs, tokenizer, tmp_path, capfd):
     options = {**EXTRA, "tokenizer": tokenizer}
     assert run_until_killed("rat_megatron.data.prepare.tokenizing._encode", 9, [inputs], tmp_path / "data", victim="worker", **options) == 3

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from unittest import mock
 
 CHECKED = "rat_checked"  # our own block beside Streaming's: which shards this node has compared with their hashes
 
@@ -47,12 +48,8 @@ def _attaching_patiently() -> Iterator[None]:
     which ends the run: here it is waited for."""
     from streaming.base.shared import memory
 
-    original = memory.BuiltinSharedMemory
-    memory.BuiltinSharedMemory = _Sized
-    try:
+    with mock.patch.object(memory, "BuiltinSharedMemory", _Sized):
         yield
-    finally:
-        memory.BuiltinSharedMemory = original
 
 
 class _Sized(SharedMemory):

@@ -135,6 +135,8 @@ class Destination:
                 shutil.rmtree(output / name, ignore_errors=True)  # ours: a run killed inside this loop left it
                 if (self.work / name).is_dir():
                     os.rename(self.work / name, output / name)
+            for path in output.glob(f"{META_FILE}.*.tmp"):  # of a run killed just before its end
+                path.unlink()
             write_json(output / META_FILE, meta)
         shutil.rmtree(self.work)
 

@@ -115,8 +115,8 @@ def _write_unit(context: Context, unit: Unit) -> dict[str, Any]:
     counts = {split: {"documents": 0, "tokens": 0, "too_long": 0} for split in SPLITS}
     names = [*SPLITS, *(f"{split}.index" for split in SPLITS if settings.deduplicate)]
     temporary = {name: work / f"{unit.key}.{name}.{os.getpid()}.tmp" for name in names}
-    documents = read_documents(unit, settings.columns)
-    batches = _batches(chat.answers(documents) if chat else documents)
+    read = read_documents(unit, settings.columns)
+    batches = _batches(chat.answers(read) if chat else read)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
         for documents in _read_ahead(batches) if unit.is_remote else batches:
