@@ -49,15 +49,9 @@ def decode_step(q, f, k, v, cos, sin, cache: HeadCache, lengths: torch.Tensor, s
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(batch * heads,)](
-            partial,
-            bounds,
-            out,
-            batch * heads,
-            HEAD_DIM=head_dim,
-            LANES=triton.next_power_of_2(head_dim),
-            SPLITS=splits,
-            TILE=triton.next_power_of_2(splits),
-        )
+            partial, bounds, out, batch * heads, HEAD_DIM=head_dim, LANES=triton.next_power_of_2(head_dim),
+            SPLITS=splits, TILE=triton.next_power_of_2(splits),
+        )  # fmt: skip
     return out
 
 

@@ -38,8 +38,8 @@ def dilated_attention(
     """Softmax attention of a whole sequence, in which every query sees the keys that one positional pattern keeps.
 
     q: [s, b, np, hn]; k and v: [s, b, ng, hn], with unit stride in hn and any other strides; bf16, fp16 or fp32. np is a multiple of ng
-    and head h reads group h // (np // ng). hn is a multiple of 16 up to 256; copies are
-    filled up with zeros where it is no power of two. Returns [s, b, np, hn], contiguous.
+    and head h reads group h // (np // ng). hn is a multiple of 16 up to 256; where it is no power of two, copies
+    are filled up with zeros. Returns [s, b, np, hn], contiguous.
     ``implementation`` overrides how the dilated past is computed: "triton", or "folded" for cuDNN on folded queries, whose backward
     is not deterministic and therefore never the choice when gradients are wanted. cos and sin [s, hn / 2]: q comes before RoPE and is
     turned by them, as apply_rope() does. Raises ValueError for inputs that do not fit.
