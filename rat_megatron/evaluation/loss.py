@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from rat_megatron.data.format import tokenizer_hash
 from rat_megatron.errors import UserError
+from rat_megatron.evaluation.memory import GateMeans, watched_gates
 from rat_megatron.evaluation.model import LoadedModel
 
 _CHUNK = 2048  # tokens whose logits are held at once: with a vocabulary of 128k they take 1 GiB in fp32
@@ -61,13 +62,15 @@ def validation_loss(loaded: LoadedModel, data: ValidationSet, *, batch_size: int
     """Mean cross-entropy per token, in nats, under the model's current attention pattern.
 
     The target is left out wherever the input token ends a document, as in training. ``stderr`` is that of the ratio of two sums over
-    samples, so it allows for tokens of one sample being alike; it is missing for a single sample.
+    samples, so it allows for tokens of one sample being alike; it is missing for a single sample. ``memory_lengths``: of every layer, in
+    tokens, as memory.py says.
     """
     model = loaded.model
-    losses, counts = [], []
+    losses, counts, gates = [], [], GateMeans()
     for batch in data.batches(batch_size):
         tokens, labels, mask = (batch[name].to(model.device) for name in ("tokens", "labels", "loss_mask"))
-        hidden = model.model(tokens, use_cache=False).last_hidden_state
+        with watched_gates(model, gates):
+            hidden = model.model(tokens, use_cache=False).last_hidden_state
         summed = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
         for start in range(0, tokens.shape[1], max(1, _CHUNK // len(tokens))):
             part = slice(start, start + max(1, _CHUNK // len(tokens)))
@@ -82,6 +85,8 @@ def validation_loss(loaded: LoadedModel, data: ValidationSet, *, batch_size: int
     if len(total) > 1:
         spread = (total - loss * count).square().sum() * len(total) / (len(total) - 1)
         result["stderr"] = float(spread.sqrt() / count.sum())
+    if lengths := gates.memory_lengths():
+        result["memory_lengths"] = lengths
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def result_table(results: dict[str, Any]) -> Any:
         for name, value, stderr, _ in _values(of_pattern):
             digits = 4 if name == "validation loss" else 3
             rows.setdefault(name, {})[word] = f"{value:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")
+        if lengths := of_pattern.get("loss", {}).get("memory_lengths"):
+            rows.setdefault("memory length, tokens, median of layers", {})[word] = f"{statistics.median(lengths):,.1f}"
     for name, cells in rows.items():
         table.add_row(name, *(cells.get(word, "-") for word in patterns))
     return table

@@ -85,6 +85,20 @@ def test_loss_leaves_out_the_token_after_a_document(loaded, data, monkeypatch):
         assert result["stderr"] == pytest.approx(float(by_hand), rel=1e-3)
 
 
+def test_memory_lengths_are_those_of_the_mean_gates(loaded, data, tmp_path):
+    samples = ValidationSet(str(data), loaded, num_samples=3)
+    lengths = validation_loss(loaded, samples, batch_size=2)["memory_lengths"]
+    first, gates = loaded.model.model.layers[0], []
+    for batch in samples.batches(1):
+        hidden = first.input_layernorm(loaded.model.model.embed_tokens(batch["tokens"]))
+        gates.append(torch.sigmoid(first.self_attn.forget_gate_proj(hidden)[0].double().detach()))
+    by_hand = (1 / (1 - torch.cat(gates).mean(0))).median()
+    assert len(lengths) == 2 and lengths[0] == pytest.approx(float(by_hand), rel=1e-5)
+
+    plain = load_model(save_tiny_model(tmp_path / "plain", use_recurrence=False))
+    assert "memory_lengths" not in validation_loss(plain, ValidationSet(str(data), plain, num_samples=3), batch_size=2)
+
+
 def test_data_that_does_not_fit_the_model(data, loaded, tmp_path):
     def sentence(data, loaded, **options):
         with pytest.raises(UserError) as error:
