@@ -18,9 +18,10 @@ Block = tuple[int, str]  # level and text, on one line
 SKIPPED_TAGS = set("script style nav aside pre form button select option svg math footer textarea object noscript info".split())
 SKIPPED_CLASSES = set(
     # Sphinx, DocBook, Texinfo, Doxygen
-    "sphinxsidebar related headerlink toc toctree-wrapper contents navheader navfooter header-panel navbar nav-panel genindextable "
-    "copyright copyright-footer spirit-nav legalnotice modindextable indextable footer breadcrumb breadcrumbs sidebar highlight "
-    "literal-block programlisting screen synopsis funcsynopsis abstract-toc shortcontents node-path toplang bottomlang "
+    "sphinxsidebar related headerlink viewcode-link toc toctree-wrapper contents navheader navfooter header-panel navbar nav-panel "
+    "genindextable copyright copyright-footer spirit-nav legalnotice modindextable indextable footer breadcrumb breadcrumbs "
+    "sidebar highlight literal-block programlisting screen synopsis funcsynopsis abstract-toc shortcontents node-path toplang "
+    "bottomlang "
     # javadoc
     "top-nav sub-nav skip-nav summary member-signature type-signature modifiers return-type legal-copy inheritance inherited-list "
     # rustdoc, mdBook
@@ -86,7 +87,7 @@ class _HtmlReader(HTMLParser):
             self._skipped, self._depth = tag, 1
             if tag not in ("a", "span"):
                 self.end_block()
-        elif tag == "br":
+        elif tag == "br" or values.get("class") == "classifier":  # Sphinx has a style sheet part the type from the name
             self._text.append(" ")
         elif re.fullmatch("h[1-6]|title|dt", tag):
             self.end_block()

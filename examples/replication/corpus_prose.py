@@ -23,7 +23,7 @@ WORDS = re.compile(r"[A-Za-zÀ-ɏ]+(?:['’][A-Za-z]+)?")
 BOILERPLATE = re.compile(
     r"copyright (?:©|\(c\)|\d)|©|all rights reserved|licensed under|permission is hereby granted|without warranty of any kind"
     r"|gnu (?:general|free|lesser)|last (?:updated|modified)|(?:this|the) page (?:is|was)|report (?:a )?bug|javascript is disabled"
-    r"|has been upgraded from version|nightly-only experimental api|this function was introduced in",
+    r"|please cite us if you|has been upgraded from version|nightly-only experimental api|this function was introduced in",
     re.IGNORECASE,
 )
 LONGEST_BOILERPLATE = 500  # characters: prose about licenses is longer
