@@ -22,7 +22,7 @@ from corpus_packages import PackageMissing, fetch, members, version_of
 from corpus_prose import Deduplicator, as_text, prose_blocks, with_needed_headings
 from corpus_sources import SOURCES, SPLITS, Source
 
-from rat_megatron.errors import UserError, exit_2_on_bad_input
+from rat_megatron.errors import UserError, exit_2_on_bad_input, one_line
 from rat_megatron.files import atomic_file, write_json
 
 SHORTEST_DOCUMENT = 1000  # characters
@@ -101,7 +101,11 @@ def convert(source: Source, output: Path) -> tuple[Path, str]:
         start = time.perf_counter()
         documents: dict[str, dict[str, Page]] = {}
         for match, path, content in members(package, source.files):
-            page = source.read(path, content)
+            try:
+                page = source.read(path, content)
+            except (ValueError, SyntaxError) as error:  # a file of the package that is not what its name says
+                print(f"{source.name}: {path} is left out: {one_line(error)}", flush=True)
+                continue
             page.blocks = prose_blocks(page.blocks)
             documents.setdefault("/".join(group or "" for group in match.groups()) or path, {})[path] = page
         if not documents:

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import urllib.parse
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def members(package: Path, wanted: re.Pattern[str]) -> Iterator[tuple[re.Match[s
             match = wanted.match(path)
             if match:
                 yield match, path, gzip.decompress(content) if path.endswith((".gz", ".dz")) else content
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
         raise PackageMissing(f"{package} cannot be read: remove its folder, so that it is fetched again ({one_line(error)})") from error
 
 

