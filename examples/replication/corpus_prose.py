@@ -26,6 +26,7 @@ BOILERPLATE = re.compile(
     r"|please cite us if you|has been upgraded from version|nightly-only experimental api|this function was introduced in",
     re.IGNORECASE,
 )
+LONGEST_HEADING = 200  # characters
 LONGEST_BOILERPLATE = 500  # characters: prose about licenses is longer
 
 
@@ -45,16 +46,22 @@ def prose_blocks(blocks: Iterable[Block]) -> list[Block]:
 
 
 def with_needed_headings(blocks: Iterable[Block]) -> list[Block]:
-    """The paragraphs, and the headings that stand above one: a heading is dropped where the next of its level or higher comes first."""
+    """The paragraphs, and the headings that stand above one: a heading is dropped where the next of its level or higher comes first.
+
+    A book's title, which stands on each of its pages, comes once.
+    """
     kept: list[Block] = []
     pending: list[Block] = []
+    title = ""
     for level, text in blocks:
         if level == PARAGRAPH:
-            kept += [*pending, (level, text)]
+            kept += [heading for heading in pending if heading != (1, title)]
+            kept.append((level, text))
+            title = next((text for level, text in pending if level == 1), title)
             pending = []
         else:
             pending = [heading for heading in pending if heading[0] < level]
-            pending.append((level, text[:200]))
+            pending.append((level, text[:LONGEST_HEADING]))
     return kept
 
 

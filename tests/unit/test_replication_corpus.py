@@ -232,6 +232,37 @@ def test_html_is_read_in_order_without_menus_and_listings(tmp_path):
     assert version == "1.2"
 
 
+def test_headings_are_kept_where_text_follows_and_a_title_comes_once():
+    book = [
+        (1, "Book"),
+        (2, "One"),
+        (0, "a"),
+        (1, "Book"),
+        (2, "Two"),
+        (3, "Empty"),
+        (2, "Three"),
+        (0, "b"),
+        (1, "Other"),
+        (7, "t"),
+        (0, "c"),
+    ]
+    kept = corpus_prose.with_needed_headings([*book, (1, "Book"), (7, "t"), (0, "d"), (2, "End")])
+    assert kept == [
+        (1, "Book"),
+        (2, "One"),
+        (0, "a"),
+        (2, "Three"),
+        (0, "b"),
+        (1, "Other"),
+        (7, "t"),
+        (0, "c"),
+        (1, "Book"),
+        (7, "t"),
+        (0, "d"),
+    ]
+    assert corpus_prose.as_text(kept).endswith("c\n\nBook\n\nt\nd")
+
+
 @pytest.mark.parametrize(
     "text, prose",
     [
