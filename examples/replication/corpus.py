@@ -103,7 +103,7 @@ def convert(source: Source, output: Path) -> tuple[Path, str]:
         for match, path, content in members(package, source.files):
             try:
                 page = source.read(path, content)
-            except (ValueError, SyntaxError) as error:  # a file of the package that is not what its name says
+            except ValueError as error:  # a file of the package that is not what its name says
                 print(f"{source.name}: {path} is left out: {one_line(error)}", flush=True)
                 continue
             page.blocks = prose_blocks(page.blocks)

@@ -4,7 +4,6 @@ of the literary texts.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import zlib
@@ -96,24 +95,6 @@ def _texts(texts: Any, blocks: list[Block]) -> None:
 
 def _plain_ansible(text: str) -> str:
     return ANSIBLE_MARKUP.sub(lambda match: match[1] or match[2] or "", text)
-
-
-def docstring_page(path: str, data: bytes) -> Page:
-    """The docstrings of a Python module, below the names of what they document; what reStructuredText says of parameters, below theirs."""
-    page = Page()
-    for node in ast.walk(ast.parse(data)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
-            if not isinstance(node, ast.Module):
-                add_block(page.blocks, 2, node.name)
-            for paragraph in re.split(r"\n\s*\n|\n(?=\s*:\w+[ \w]*:)", ast.get_docstring(node) or ""):
-                field = re.match(r"\s*:(\w+)(?: [^:]*?)?(\w*):(.*)", paragraph, re.DOTALL)
-                if field and field[2]:
-                    add_block(page.blocks, TERM, field[2])
-                text = field[3] if field else paragraph
-                add_block(
-                    page.blocks, PARAGRAPH, re.sub(r":[\w:]+:`~?([^`<]*?)\s*(?:<[^`>]*>)?`|`+([^`<]*?)\s*(?:<[^`>]*>)?`+_*", r"\1\2", text)
-                )
-    return page
 
 
 def brown_page(path: str, data: bytes) -> Page:

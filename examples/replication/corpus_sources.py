@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from corpus_data import ansible_page, brown_page, docstring_page, json_page, sword_page, text_page
+from corpus_data import ansible_page, brown_page, json_page, sword_page, text_page
 from corpus_markup import Page, html_page, man_page, pod_page
 
 SPLITS = ("train", "held-out", "literary")  # in this order: a paragraph that comes twice stays where it comes first
@@ -83,7 +83,6 @@ SOURCES = [
     _debian("heat-doc", "heat-doc", OPENSTACK),
     _debian("ironic-doc", "ironic-doc", OPENSTACK),
     _debian("keystone-doc", "keystone-doc", OPENSTACK),
-    Source("oci", "pypi", "oci", re.compile(r"oci/[^/]+/[^/]+_client\.py$"), docstring_page),
     Source("ansible", "pypi", "ansible", re.compile(r"ansible_collections/[^/]+/[^/]+/plugins/.*\.py$"), ansible_page),
     Source("botocore", "pypi", "botocore", re.compile(r"botocore/data/([^/]+)/[^/]+/service-2\.json(?:\.gz)?$"), json_page),
     Source(

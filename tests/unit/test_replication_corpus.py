@@ -321,8 +321,6 @@ OSIS = b'<div sID="a" type="x-p"/>In the <w lemma="x">beginning</w>.<note>a note
         (corpus_data.brown_page, BROWN, [(0, 'The man said, "Go away".'), (0, "He (left)!")]),
         (corpus_data.sword_page, zlib.compress(OSIS) + b"padding" + zlib.compress(b"<div/>The end."),
          [(0, "In the beginning."), (0, "And then."), (0, "The end.")]),
-        (corpus_data.docstring_page, b'class A:\n    """One\n    line.\n\n    :param str b: What b is.\n    """\n',
-         [(2, "A"), (0, "One line."), (7, "b"), (0, "What b is.")]),
     ],
 )  # fmt: skip
 def test_other_formats_become_headings_terms_and_paragraphs(read, data, expected):
