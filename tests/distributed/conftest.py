@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.layouts import join_ranks
+from tests.distributed.layouts import join_ranks, start_server
 from tests.helpers import prepare_tiny_data
 
 RANKS = 4
@@ -30,6 +30,7 @@ def ranks():
     import torch
 
     torch.set_num_threads(1)
+    start_server()
     join_ranks()
     name = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(name)

@@ -1,13 +1,16 @@
-"""Runs pretrain_rat.py inside this process for one parallel layout after another, and on one rank."""
+"""Runs pretrain_rat.py for one parallel layout after another, and on one rank, in new processes beside those of the tests."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ RECIPE = (
 ).split()
 
 
+_SERVER = multiprocessing.get_context("forkserver")
+
+
 @dataclass
 class Run:
     """What a run left: the losses of each iteration and of the validation, its checkpoint, and the gradients of its first step."""
@@ -34,25 +40,84 @@ class Run:
     gradients: Path
 
 
-def train(folder: Path, *flags: str | Path, alone: bool = False, model: list[str] = MODEL) -> Run:
-    """Trains under the flags' layout, on all ranks or (``alone``) on the first one by itself, in ``folder``."""
+def train(
+    folder: Path,
+    *flags: str | Path,
+    alone: bool = False,
+    model: list[str] = MODEL,
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Run:
+    """Trains under the flags' layout, on all ranks or (``alone``) on the first one by itself, in ``folder``.
+
+    ``within``: makes a context for the run, in which a test may change the program; a function of a module.
+    """
     flags = [*model, *RECIPE, *map(str, flags), "--save", str(folder / "checkpoints")]
-    losses: list[dict[str, float]] = []
+    ended = _Ended()
     first_rank = torch.distributed.get_rank() == 0
-    with _single_rank() if alone else nullcontext():
+    torch.distributed.destroy_process_group()
+    try:
         if first_rank or not alone:
-            _train_here(flags, folder, losses)
-    if not alone:  # the layout's groups go, and with them their many threads
-        torch.distributed.destroy_process_group()
+            ended = _in_a_process_of_its_own(flags, folder, alone, within)
+    finally:
         join_ranks()
     every: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, losses)
-    losses = max(every, key=lambda steps: len(steps[0]) if steps else 0)  # the last pipeline stage has them
+    torch.distributed.all_gather_object(every, ended)
+    failures = [f"rank {rank}: {one.failure}" for rank, one in enumerate(every) if one.failure]
+    if failures:  # on every rank, which else would go on to different tests, and wait for each other there
+        raise RuntimeError("\n".join(failures))
+    losses = max((one.losses for one in every), key=lambda steps: len(steps[0]) if steps else 0)  # the last pipeline stage has them
     return Run(losses, folder / "checkpoints", folder / "gradients")
 
 
-def _train_here(flags: list[str], folder: Path, losses: list[dict[str, float]]) -> None:
-    with run_program(flags) as main:
+@dataclass
+class _Ended:
+    """What became of a run on this rank."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    failure: str = ""
+
+
+def start_server() -> None:
+    """Starts the process of which every run of this rank is a fork, so that what takes seconds to import is imported once."""
+    _SERVER.set_forkserver_preload(["streaming", "rat_megatron.pretrain", __name__])
+
+
+def _in_a_process_of_its_own(*run: Any) -> _Ended:
+    """_train_here(*run) in a new process.
+
+    Some of a run's groups live as long as its process does, since Megatron's optimizer and C++ hold on to them, and each has three
+    threads over gloo, of which one wakes a hundred times a second: a few dozen runs in one process have thousands, and stand still.
+    """
+    receiving, sending = _SERVER.Pipe(duplex=False)
+    process = _SERVER.Process(target=_report, args=(sending, run))
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError:
+        process.join()
+        return _Ended(failure=f"exit code {process.exitcode}")
+    finally:
+        process.join()
+
+
+def _report(sending: Connection, run: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        sending.send(_Ended(_train_here(*run)))
+    except BaseException:
+        sending.send(_Ended(failure=traceback.format_exc()))
+        raise
+
+
+def _train_here(flags: list[str], folder: Path, alone: bool, within: Callable[[], AbstractContextManager[None]]) -> list[dict[str, float]]:
+    losses: list[dict[str, float]] = []
+    if alone:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    else:
+        join_ranks()
+    with within(), run_program(flags) as main:
         from megatron.training import training
 
         observers = [
@@ -62,6 +127,7 @@ def _train_here(flags: list[str], folder: Path, losses: list[dict[str, float]]) 
         ]
         with applied(observers):
             main()
+    return losses
 
 
 def _floats(losses: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -111,21 +177,6 @@ def tensors(folder: Path, weights_only: bool = False) -> dict[str, torch.Tensor]
     """Every tensor of a checkpoint, optimizer state included unless weights_only, whole, whatever layout wrote it."""
     checkpoint = TorchDistCheckpoint(find_iteration(folder))
     return {key: checkpoint.read(key) for key in checkpoint.tensors if not (weights_only and key.startswith("optimizer."))}
-
-
-@contextmanager
-def _single_rank() -> Iterator[None]:
-    """For a while every process is the only rank of its own group."""
-    outside = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    torch.distributed.destroy_process_group()
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-        os.environ.update(outside)
-        join_ranks()
 
 
 def join_ranks() -> None:

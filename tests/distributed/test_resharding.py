@@ -66,8 +66,8 @@ def test_checkpoints_move_between_layouts(ranks, data):
     assert sum(name.startswith("optimizer.state.exp_avg") for name in written) > 10
     for name, flags in [*CHAIN.items(), ("megatron", CP2), ("one rank", [])]:
         # At its last iteration already: loads, and writes what it loaded.
-        with _megatrons_own() if name == "megatron" else nullcontext():
-            last = train(folder / f"again {name}", *run, *flags, "--load", last.checkpoint, "--train-iters", 4, alone=name == "one rank")
+        how = {"alone": name == "one rank", "within": _megatrons_own if name == "megatron" else nullcontext}
+        last = train(folder / f"again {name}", *run, *flags, "--load", last.checkpoint, "--train-iters", 4, **how)
         if name in ("dp4", "cp2+dp2"):
             written_by_rank = _optimizer_elements(last.checkpoint)
             assert len(written_by_rank) == 4

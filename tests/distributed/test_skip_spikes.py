@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,27 +26,27 @@ LAYOUTS = {
 POISONED, LAST = 7, 9
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
+@contextmanager
+def _poisoned() -> Iterator[None]:
     """Five times the loss of the dense step in one iteration."""
-    monkeypatch.setattr(loss_spikes, "_WARM_UP", 5)
     loss_func = forward_step.loss_func
 
     def poison(loss_mask, sample_ids, name, output):
         factor = 5 if get_args().curr_iteration + 1 == POISONED and name == "lm loss" else 1
         return loss_func(loss_mask, sample_ids, name, factor * output)
 
-    monkeypatch.setattr(forward_step, "loss_func", poison)
-    yield
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(loss_spikes, "_WARM_UP", 5)
+        change.setattr(forward_step, "loss_func", poison)
+        yield
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_left_out_has_never_been(ranks, data, poisoned, monkeypatch, layout):
+def test_what_is_left_out_has_never_been(ranks, data, layout):
     folder = ranks / f"skip {layout}"
     flags = [*LAYOUTS[layout], "--data-path", data, "--rat-arl-pattern", "d64", "--train-iters", LAST, "--eval-iters", 0]
     skipping = ["--rat-skip-spikes", 30, "--save-interval", 1]
-    checkpoint = train(folder / "skipping", *flags, *skipping).checkpoint
+    checkpoint = train(folder / "skipping", *flags, *skipping, within=_poisoned).checkpoint
     before, after = (_state(checkpoint, iteration) for iteration in (POISONED - 1, POISONED))
     assert before.keys() == after.keys() and not [key for key in before if not torch.equal(before[key], after[key])]
     left = _state(checkpoint, LAST)
@@ -55,8 +57,7 @@ def test_what_is_left_out_has_never_been(ranks, data, poisoned, monkeypatch, lay
             shutil.copytree(checkpoint / "iter_0000006", folder / "resumed" / "checkpoints" / "iter_0000006")
             (folder / "resumed" / "checkpoints" / TRACKER_NAME).write_text("6")
         torch.distributed.barrier()
-        _assert_same(left, tensors(train(folder / "resumed", *flags, *skipping).checkpoint))
-    monkeypatch.undo()
+        _assert_same(left, tensors(train(folder / "resumed", *flags, *skipping, within=_poisoned).checkpoint))
     _assert_same(left, tensors(train(folder / "expected", *flags, "--iterations-to-skip", POISONED).checkpoint))
 
 
