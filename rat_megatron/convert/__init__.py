@@ -164,10 +164,15 @@ def convert_from_hf(
     from rat_megatron.convert.megatron_args import args_from_config
     from rat_megatron.convert.megatron_model import megatron_logits
     from rat_megatron.convert.megatron_weights import MegatronWeights, write_megatron_weights
+    from rat_megatron.ratplus.pattern import PatternError
 
     check_output(output)
     source = HfFolder(folder)
     config, dtype = source.config, _one_dtype(source.dtypes.values(), folder)
+    try:
+        config.parse_pattern(config.attention_pattern).check_trainable()
+    except PatternError as error:
+        raise UserError(f"{folder} cannot be trained as its config.json has it: {error}") from error
     with atomic_folder(output) as written:
         write_megatron_weights(source, dtype, args_from_config(config, dtype, folder), written / _RELEASE)
         (written / TRACKER_NAME).write_text(_RELEASE)

@@ -142,6 +142,8 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
         (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),
         (lambda f: change_config(f, model_type="llama"), "model_type 'llama' in config.json: only 'ratplus' is a RAT\\+ model"),
         (lambda f: change_config(f, attention_pattern="d4x"), "unknown attention pattern 'd4x'"),
+        (lambda f: change_config(f, attention_pattern="snap16w4"), "cannot be trained .* drops keys of a prompt once it is read"),
+        (lambda f: change_config(f, attention_pattern="d4k2means"), "cannot be trained .* write 'd4k2'"),
         (lambda f: change_config(f, hidden_act="relu"), "hidden_act is 'gelu' or 'silu', not 'relu'"),
         (lambda f: change_config(f, hidden_act="silu"), "has no model.layers.0.mlp.gate_proj.weight"),
         (lambda f: change_config(f, num_hidden_layers=3), r"has no model.layers.2.\S+, which its config.json asks for \(10 missing\)"),
