@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class GateMeans:
@@ -33,7 +34,7 @@ class GateMeans:
 
 
 @contextmanager
-def watched_gates(model: nn.Module, found: GateMeans) -> Iterator[None]:
+def watched_gates(model: Any, found: GateMeans) -> Iterator[None]:
     """Adds to ``found`` what the layers of a RatPlusForCausalLM have for gates while the context is open."""
     handles = []
     for index, layer in enumerate(model.model.layers):
