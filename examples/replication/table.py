@@ -39,7 +39,7 @@ def cells(found: dict[str, Any]) -> dict[str, str]:
     if loss := found.get("loss"):
         result["loss"] = f"{loss['loss']:.4f}"
         if lengths := loss.get("memory_lengths"):
-            result["memory, tokens"] = f"{statistics.median(lengths):.1f} ({min(lengths):.1f} to {max(lengths):.1f})"
+            result["memory, tokens"] = f"{statistics.median(lengths):.2f} ({min(lengths):.2f} to {max(lengths):.2f})"
     for length, kinds in found.get("needles", {}).items():
         for kind, summary in kinds.items():
             result[f"{kind}, {length}"] = f"{summary['score']:.2f}"
