@@ -22,7 +22,7 @@ from tests.helpers import REPOSITORY, SEQ_LENGTH, pretrain_environment
 
 pytestmark = pytest.mark.slow
 
-FLAGS = "--micro-batch-size 2 --global-batch-size 4 --lr 3e-3 --min-lr 1e-4 --num-workers 0 --eval-iters 1 --log-interval 1".split()
+FLAGS = "--micro-batch-size 2 --global-batch-size 4 --lr 1e-4 --min-lr 1e-5 --num-workers 0 --eval-iters 1 --log-interval 1".split()
 
 
 def run_example(name: str, *words: str | Path, **settings: str) -> str:
@@ -51,7 +51,7 @@ def retrofitted(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
 
 def run_retrofit(folder: Path, data: Path) -> str:
     flags = [*FLAGS, "--seq-length", SEQ_LENGTH, "--train-iters", 4, "--rat-arl-pattern", "d8"]
-    return run_example("retrofit.sh", folder / "model", data, folder / "run", "d8s4", *flags, ADAPT="--train-iters 2 --lr 3e-4")
+    return run_example("retrofit.sh", folder / "model", data, folder / "run", "d8s4", *flags, ADAPT="--train-iters 2 --lr 5e-5")
 
 
 def test_a_model_of_another_family_is_trained_adapted_and_exported(retrofitted, tiny_data):
@@ -62,8 +62,9 @@ def test_a_model_of_another_family_is_trained_adapted_and_exported(retrofitted, 
         for name, pattern in (("dense-hf", "dense"), ("d8s4-hf", "d8s4")):
             exported = RatPlusForCausalLM.from_pretrained(run / name, dtype=torch.float32)
             assert exported.config.attention_pattern == pattern
+            exported.set_attention_pattern("dense")  # what the sparse pattern leaves out would be a difference too
             # Trained a little: another model, and not one from nothing.
-            assert 1e-3 < (exported(tokens).logits - logits).norm() / logits.norm() < 0.7, name
+            assert 1e-3 < (exported(tokens).logits - logits).norm() / logits.norm() < 0.3, name
     assert set(json.loads((run / "dense" / "report.json").read_text())["patterns"]) >= {"dense", "d8s4"}
     assert [(run / name / TRACKER_NAME).read_text() for name in ("dense", "d8s4")] == ["4", "2"]
 
