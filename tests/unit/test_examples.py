@@ -25,14 +25,12 @@ pytestmark = pytest.mark.slow
 FLAGS = "--micro-batch-size 2 --global-batch-size 4 --lr 1e-4 --min-lr 1e-5 --num-workers 0 --eval-iters 1 --log-interval 1".split()
 
 
-def run_example(name: str, *words: str | Path, **settings: str) -> str:
-    """What the script printed."""
+def run_example(name: str, *words: str | Path, **settings: str) -> None:
     environment = pretrain_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | settings
     result = subprocess.run(
         ["bash", str(REPOSITORY / "examples" / name), *map(str, words)], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -49,9 +47,9 @@ def retrofitted(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "model", folder / "run"
 
 
-def run_retrofit(folder: Path, data: Path) -> str:
+def run_retrofit(folder: Path, data: Path) -> None:
     flags = [*FLAGS, "--seq-length", SEQ_LENGTH, "--train-iters", 4, "--rat-arl-pattern", "d8"]
-    return run_example("retrofit.sh", folder / "model", data, folder / "run", "d8s4", *flags, ADAPT="--train-iters 2 --lr 5e-5")
+    run_example("retrofit.sh", folder / "model", data, folder / "run", "d8s4", *flags, ADAPT="--train-iters 2 --lr 5e-5")
 
 
 def test_a_model_of_another_family_is_trained_adapted_and_exported(retrofitted, tiny_data):
